@@ -1,0 +1,125 @@
+"""Files and folders that appear whole or not at all: write under a temporary name, fsync, rename."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_inherit.base.errors import DiskError, UsageError
+from megatron_inherit.base.quantities import format_bytes
+
+TEMPORARY_MARK = ".tmp-"
+
+
+def fsync_path(path: Path) -> None:
+    """Makes a file's content, or a folder's entries, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Makes every file and folder below ``folder`` durable, the folder itself last."""
+    for root, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            fsync_path(Path(root, name))
+        fsync_path(Path(root))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replaces a file in one step; a crash leaves the old content or the new one."""
+    temporary = path.with_name(f"{path.name}{TEMPORARY_MARK}{uuid.uuid4().hex[:8]}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise disk_error(error, path) from error
+    fsync_path(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a UTF-8 text file in one step."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replaces a JSON file in one step: two-space indent, keys in the given order, newline at the end."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextlib.contextmanager
+def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yields a temporary sibling folder that becomes ``path`` when the block ends without an exception.
+
+    Raises:
+        UsageError: ``path`` exists, is not an empty folder, and ``overwrite`` is false.
+        DiskError: The folder cannot be written.
+    """
+    path = Path(path).absolute()
+    refuse_existing(path, overwrite=overwrite)
+    temporary = path.with_name(f"{path.name}{TEMPORARY_MARK}{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        fsync_tree(temporary)
+        _put_in_place(temporary, path)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise disk_error(error, path) from error
+        raise
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    retired = None
+    if path.exists():
+        retired = path.with_name(f"{path.name}{TEMPORARY_MARK}old-{uuid.uuid4().hex[:8]}")
+        os.rename(path, retired)
+    os.rename(temporary, path)
+    fsync_path(path.parent)
+    if retired is not None:
+        shutil.rmtree(retired, ignore_errors=True)
+
+
+def refuse_existing(path: Path, *, overwrite: bool = False) -> None:
+    """Raises UsageError if ``path`` exists with content and may not be replaced."""
+    if overwrite or not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    raise UsageError(f"{path} exists already.", fix="Choose another output path or pass --overwrite.")
+
+
+def require_space(path: Path, needed: int) -> None:
+    """Raises DiskError unless the file system of ``path`` has ``needed`` bytes free."""
+    existing = Path(path).absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise DiskError(
+            f"Not enough space on the file system of {path}.",
+            got=f"{format_bytes(free)} free",
+            expected=f"at least {format_bytes(needed)}",
+            fix="Free space or choose another output path.",
+        )
+
+
+def disk_error(error: OSError, path: Path) -> Exception:
+    """Translates an error of the file system into one of ours, or gives it back where it is none of space or rights."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return DiskError(f"The disk is full while writing {path}.", fix="Free space or choose another output path.")
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return DiskError(f"{path} cannot be written: {error.strerror}.", fix="Check the folder's permissions.")
+    return error
