@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Makes .venv if need be, then runs the linters and the tests. Arguments go to pytest:
+#   bash tests/run.sh                    everything but what is marked nightly or gpu
+#   bash tests/run.sh -m "not slow"      the quick part
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash tools/setup.sh megatron,deepspeed,kernels,hf,data,remote,gguf,eval,plots,docs,dev
+export PATH="$PWD/.venv/bin:$PATH"
+export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" DS_ACCELERATOR=cpu CUDA_DEVICE_MAX_CONNECTIONS=1
+
+ruff check .
+ruff format --check .
+mypy
+lint-imports --no-cache >.import-linter.log || { cat .import-linter.log; exit 1; }
+rm -f .import-linter.log
+
+select=(-m "not nightly and not gpu")
+for argument in "$@"; do
+  case "$argument" in -m | -m?*) select=() ;; esac
+done
+workers="${MINHERIT_TEST_WORKERS:-2}"
+exec pytest -n "$workers" --dist loadfile "${select[@]}" "$@"

@@ -1,0 +1,87 @@
+import os
+
+import pytest
+
+from megatron_inherit.base import atomic
+from megatron_inherit.base.errors import DiskError, MissingExtraError, UsageError
+from megatron_inherit.base.optional import require
+from megatron_inherit.base.quantities import format_bytes, format_count, parse_bytes, parse_count
+from megatron_inherit.base.ranks import adopt_launcher
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1B", 10**9), ("2.5M", 2_500_000), ("50_000", 50_000), ("1e3", 1000), ("8", 8), (7, 7)]
+)
+def test_counts(text, value):
+    assert parse_count(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "B", "-1", "1.5", "1X", "nan", "1 2", None, True])
+def test_what_is_no_count_is_refused(text):
+    with pytest.raises(UsageError):
+        parse_count(text)
+
+
+@pytest.mark.parametrize(("text", "value"), [("2GiB", 2**31), ("5GB", 5 * 10**9), ("512", 512), ("1 KiB", 1024)])
+def test_sizes(text, value):
+    assert parse_bytes(text) == value
+
+
+def test_readable_forms():
+    assert [format_count(n) for n in (512, 134_515_008, 1.82e9)] == ["512", "135M", "1.82B"]
+    assert format_bytes(3 * 2**29) == "1.50 GiB"
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "out"
+    with pytest.raises(RuntimeError), atomic.new_folder(target) as folder:
+        (folder / "a").write_text("half")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+    with atomic.new_folder(target) as folder:
+        (folder / "a").write_text("whole")
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_existing_folder_is_kept_unless_told(tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "mine").write_text("x")
+    with pytest.raises(UsageError, match="--overwrite"), atomic.new_folder(target):
+        pass
+    with atomic.new_folder(target, overwrite=True) as folder:
+        (folder / "new").write_text("y")
+    assert [p.name for p in target.iterdir()] == ["new"]
+
+
+def test_no_space_is_said_before_writing(tmp_path):
+    with pytest.raises(DiskError, match="at least"):
+        atomic.require_space(tmp_path / "not" / "there", 2**62)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_rights_is_a_disk_error(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(DiskError), atomic.new_folder(tmp_path / "out"):
+        pass
+
+
+def test_a_missing_extra_gives_the_pip_line(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "deepspeed", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'megatron-inherit\[deepspeed\]'"):
+        require("deepspeed")
+
+
+def test_srun_tasks_get_their_ranks():
+    env = {"SLURM_PROCID": "3", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0", "MASTER_ADDR": "a"}
+    adopt_launcher(env)
+    assert (env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"]) == ("3", "8", "1")
+    del env["MASTER_ADDR"], env["RANK"]
+    with pytest.raises(UsageError, match="MASTER_ADDR"):
+        adopt_launcher(env)
+
+
+def test_other_launchers_are_left_alone():
+    env = {"RANK": "5", "SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0", "SLURM_STEP_ID": "0"}
+    adopt_launcher(env)
+    assert env["RANK"] == "5"
