@@ -1,0 +1,134 @@
+"""The sbatch script, run for real under stand-ins for srun and scontrol that do what SLURM documents."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_inherit.base.errors import UsageError
+from megatron_inherit.launch.slurm import SlurmJob, render_sbatch
+
+SRUN = """#!/usr/bin/env bash
+while [ "${1#--}" != "$1" ]; do echo "$1" >>"$CALLS/srun"; shift; done
+export SLURM_PROCID=0 SLURM_NTASKS=1 SLURM_LOCALID=0 SLURM_STEP_ID=0
+exec "$@"
+"""
+SCONTROL = """#!/usr/bin/env bash
+case "$1" in show) echo node-a; echo node-b ;; *) echo "$@" >>"$CALLS/scontrol" ;; esac
+"""
+RUN = """#!{python}
+import json, os, signal, sys, time
+output = sys.argv[-1].removeprefix("run.output=")
+open(os.environ["CALLS"] + "/argv", "a").write(" ".join(sys.argv[1:]) + chr(10))
+def end(code):
+    json.dump({{"exit_code": code}}, open(output + "/exit_status.json", "w"))
+    sys.exit(code)
+code = os.environ["CODE"]
+if code == "crash":
+    os.kill(os.getpid(), signal.SIGKILL)
+if code == "wait":
+    signal.signal(signal.SIGUSR1, lambda *a: end(75))
+    open(os.environ["CALLS"] + "/ready", "w").close()
+    time.sleep(60)
+end(int(code))
+"""
+
+
+class Site:
+    def __init__(self, root: Path):
+        self.calls, self.bin, self.output = root / "calls", root / "bin", root / "out"
+        for folder in (self.calls, self.bin, self.output):
+            folder.mkdir()
+        for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("fakepython", RUN.format(python=sys.executable))):
+            (self.bin / name).write_text(text)
+            (self.bin / name).chmod(0o755)
+
+    def start(self, code: str, restarts: int = 0, **options) -> subprocess.Popen:
+        job = SlurmJob(recipe="tiny", output=str(self.output), python=str(self.bin / "fakepython"), **options)
+        script = self.output / "job.sbatch"
+        script.write_text(render_sbatch(job))
+        env = {
+            "PATH": f"{self.bin}:{os.environ['PATH']}",
+            "CALLS": str(self.calls),
+            "CODE": code,
+            "SLURM_JOB_ID": "41",
+            "SLURM_JOB_NODELIST": "node-[a-b]",
+            "SLURM_RESTART_COUNT": str(restarts),
+        }
+        return subprocess.Popen(["bash", str(script)], env=env, stdout=subprocess.PIPE, text=True)
+
+    def requeues(self) -> list[str]:
+        file = self.calls / "scontrol"
+        return file.read_text().splitlines() if file.exists() else []
+
+
+@pytest.fixture
+def site(tmp_path):
+    return Site(tmp_path)
+
+
+def test_a_signal_before_the_limit_saves_and_requeues_once(site):
+    process = site.start("wait")
+    deadline = time.monotonic() + 20
+    while not (site.calls / "ready").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(20) == 0
+    assert site.requeues() == ["requeue 41"]
+
+
+@pytest.mark.parametrize("code", ["0", "3", "6", "7"])
+def test_only_75_requeues(site, code):
+    assert site.start(code).wait(20) == int(code)
+    assert site.requeues() == []
+
+
+def test_a_stale_75_of_an_earlier_life_is_not_believed(site):
+    (site.output / "exit_status.json").write_text('{"exit_code": 75}')
+    assert site.start("crash").wait(20) != 0
+    assert site.requeues() == []
+
+
+def test_requeues_are_bounded(site):
+    assert site.start("75", restarts=100).wait(20) == 75
+    assert site.requeues() == []
+
+
+def test_the_run_gets_recipe_overrides_and_output(site):
+    assert site.start("0", overrides=("train.steps=3",)).wait(20) == 0
+    assert (
+        site.calls / "argv"
+    ).read_text() == f"-m megatron_inherit train tiny train.steps=3 run.output={site.output}\n"
+
+
+@pytest.mark.parametrize("container", ["none", "pyxis", "apptainer"])
+def test_every_form_is_clean_under_shellcheck(tmp_path, container):
+    if shutil.which("shellcheck") is None:
+        if os.environ.get("CI"):
+            pytest.fail("shellcheck is not installed: apt-get install shellcheck")
+        pytest.skip("shellcheck is not installed: apt-get install shellcheck")
+    job = SlurmJob(
+        recipe="r", output="/o", container=container, image="i.sif", partition="gpu", setup="module load cuda"
+    )
+    script = tmp_path / "job.sbatch"
+    script.write_text(render_sbatch(job))
+    done = subprocess.run(["shellcheck", str(script)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_container_wraps_the_command(tmp_path):
+    pyxis = render_sbatch(SlurmJob(recipe="r", output="/o", container="pyxis", image="base.sqsh", mounts=("/d:/d",)))
+    assert '--container-image="$IMAGE"' in pyxis
+    apptainer = render_sbatch(SlurmJob(recipe="r", output="/o", container="apptainer", image="i.sif"))
+    assert 'apptainer exec --nv --bind "$MOUNTS" "$IMAGE"' in apptainer
+
+
+@pytest.mark.parametrize("bad", [{"name": "a b"}, {"output": "$(rm x)"}, {"nodes": 0}, {"container": "pyxis"}])
+def test_values_that_would_break_the_script_are_refused(bad):
+    with pytest.raises(UsageError):
+        SlurmJob(**({"recipe": "r", "output": "/o"} | bad))
