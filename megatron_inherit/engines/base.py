@@ -1,19 +1,72 @@
 """The contract between the training loop and an engine: what a step takes and gives, and how state leaves and enters.
 
-The loop knows no engine; an engine knows no recipe, no file and no schedule.
+The loop knows no engine; an engine knows no recipe, no file and no schedule. ``engines/create.py:create_engine`` makes
+one of two kinds from ``EngineOptions``; ``engines/check.py:check_options`` says first whether the options can work.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     import torch
 
     from megatron_inherit.arch.model_config import ModelConfig
     from megatron_inherit.data.loader import Batch
+
+
+EngineKind = Literal["deepspeed", "megatron"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How a model is spread over processes, stored, stepped and recomputed; the same fields for both engines.
+
+    Attributes:
+        tp, pp, vpp, cp: Tensor, pipeline, virtual pipeline (chunks a stage) and context parallel sizes.
+        sequence_parallel: Splits activations between the tensor parallel regions along the sequence too.
+        first_stage_layers, last_stage_layers: Blocks of the first and last pipeline stage where they are to differ.
+        zero_stage: DeepSpeed's ZeRO stage, 0 to 3.
+        distributed_optimizer: Megatron's sharding of masters and moments over the replicas.
+        micro_batch: Sequences of one forward pass on one replica.
+        dtype: Of weights and activations; ``bf16`` keeps fp32 masters and sums gradients in fp32.
+        recompute: Activations computed anew in the backward pass: of no block, of the MLPs (``selective``) or of whole
+            blocks (``full``).
+        betas, eps, weight_decay: Of AdamW; norms, biases and embeddings are not decayed.
+        clip: Largest L2 norm of the whole gradient; 0 leaves it as it is.
+        overlap_grad_reduce, overlap_param_gather: Hides communication behind computation.
+        offload: What DeepSpeed keeps in host memory.
+        deterministic: The same bits in every run, at some cost on a GPU.
+        timeout_s: Seconds after which a collective that hangs raises.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    cp: int = 1
+    sequence_parallel: bool = False
+    first_stage_layers: int | None = None
+    last_stage_layers: int | None = None
+    zero_stage: int = 1
+    distributed_optimizer: bool = False
+    micro_batch: int = 1
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    recompute: Literal["none", "selective", "full"] = "none"
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    offload: Literal["none", "optimizer", "all"] = "none"
+    deterministic: bool = False
+    timeout_s: float = 600.0
+
+    def data_size(self, world_size: int) -> int:
+        """Gives the number of model replicas among ``world_size`` processes."""
+        return world_size // (self.tp * self.pp * self.cp)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,149 @@
+"""Refuses engine options that cannot work, before anything is built; no torch."""
+
+from __future__ import annotations
+
+from megatron_inherit.arch.model_config import ModelConfig
+from megatron_inherit.base.errors import ConfigError
+from megatron_inherit.engines.base import EngineKind, EngineOptions
+
+
+def check_options(kind: EngineKind, options: EngineOptions, config: ModelConfig, *, world_size: int) -> None:
+    """Raises ConfigError, saying what would do, if the options contradict each other, the model or the process count.
+
+    Args:
+        kind: ``deepspeed`` or ``megatron``.
+        options: What the recipe asks for.
+        config: The model.
+        world_size: Number of processes.
+    """
+    _check_sizes(options, config, world_size)
+    _check_pipeline(options, config)
+    if kind == "deepspeed":
+        _check_deepspeed(options)
+    else:
+        _check_megatron(options)
+
+
+def check_batch(options: EngineOptions, *, global_batch: int, sequence_length: int, world_size: int) -> None:
+    """Raises ConfigError if the global batch or the sequence does not split over the processes.
+
+    Args:
+        options: What the recipe asks for.
+        global_batch: Sequences of one optimizer step.
+        sequence_length: Tokens of a sequence.
+        world_size: Number of processes.
+    """
+    replicas = options.data_size(world_size)
+    unit = options.micro_batch * replicas
+    if global_batch % unit:
+        raise ConfigError(
+            f"The global batch does not split into {replicas} replicas of micro-batches of {options.micro_batch}.",
+            got=global_batch,
+            expected=f"a multiple of {unit}, such as {_around(global_batch, unit)}",
+        )
+    pieces = global_batch // unit
+    if options.vpp > 1 and pieces % options.pp:
+        raise ConfigError(
+            "The interleaved pipeline needs as many micro-batches a replica as a multiple of its stages.",
+            got=f"{pieces} micro-batches for {options.pp} stages",
+            expected=f"a global batch that is a multiple of {unit * options.pp}",
+        )
+    parts = 2 * options.cp if options.cp > 1 else 1
+    parts *= options.tp if options.sequence_parallel else 1
+    if sequence_length % parts:
+        raise ConfigError(
+            "The sequence does not split over context and sequence parallelism.",
+            got=sequence_length,
+            expected=f"a multiple of {parts}, such as {_around(sequence_length, parts)}",
+        )
+
+
+def _around(value: int, unit: int) -> str:
+    low = value // unit * unit
+    return f"{low} or {low + unit}" if low else f"{unit}"
+
+
+def _divisors(value: int) -> str:
+    return ", ".join(str(d) for d in range(1, value + 1) if value % d == 0)
+
+
+def _check_sizes(options: EngineOptions, config: ModelConfig, world_size: int) -> None:
+    for name in ("tp", "pp", "vpp", "cp", "micro_batch"):
+        if getattr(options, name) < 1:
+            raise ConfigError(f"{name} must be at least 1.", got=getattr(options, name))
+    ranks = options.tp * options.pp * options.cp
+    if world_size % ranks:
+        raise ConfigError(
+            f"{world_size} processes do not split into replicas of tp {options.tp} x pp {options.pp} x cp {options.cp}.",
+            expected=f"a multiple of {ranks} processes",
+        )
+    for what, count in (
+        ("attention heads", config.num_heads),
+        ("key/value groups", config.num_kv_heads),
+        ("MLP columns", config.ffn_size),
+    ):
+        if count % options.tp:
+            raise ConfigError(
+                f"Tensor parallelism of {options.tp} does not divide the {count} {what} of the model.",
+                expected=f"tp among {_divisors(config.num_kv_heads)}",
+            )
+    if options.sequence_parallel and options.tp == 1:
+        raise ConfigError("Sequence parallelism needs tensor parallelism.", fix="Set tp to 2 or more, or turn it off.")
+    if options.clip < 0 or options.eps <= 0 or not all(0 <= beta < 1 for beta in options.betas):
+        raise ConfigError("clip must be >= 0, eps > 0 and both betas in [0, 1).")
+
+
+def _check_pipeline(options: EngineOptions, config: ModelConfig) -> None:
+    chunks = options.pp * options.vpp
+    if options.vpp > 1 and options.pp == 1:
+        raise ConfigError("A virtual pipeline needs a pipeline.", got=f"vpp {options.vpp}, pp 1", fix="Set vpp to 1.")
+    uneven = [n for n in (options.first_stage_layers, options.last_stage_layers) if n is not None]
+    if uneven:
+        if options.vpp > 1 or options.pp < 2:
+            raise ConfigError("first_stage_layers and last_stage_layers need pp >= 2 and vpp = 1.")
+        rest, stages = config.num_layers - sum(uneven), options.pp - len(uneven)
+        if min(uneven) < 1 or rest < stages or (stages and rest % stages) or (not stages and rest):
+            raise ConfigError(
+                "The blocks that the first and last stage leave do not split over the other stages.",
+                got=f"{rest} blocks over {stages} stages",
+            )
+    elif config.num_layers % chunks:
+        total = config.num_layers
+        fits = [f"{p}x{v}" for p in range(1, total + 1) for v in range(1, total // p + 1) if total % (p * v) == 0]
+        fits = [pair for pair in fits if pair.endswith("x1") or not pair.startswith("1x")]
+        raise ConfigError(
+            f"{total} blocks do not split into pp {options.pp} x vpp {options.vpp} equal chunks.",
+            expected=f"pp x vpp among {', '.join(fits)}",
+            fix="Or set first_stage_layers and last_stage_layers.",
+        )
+
+
+def _check_deepspeed(options: EngineOptions) -> None:
+    if options.zero_stage not in (0, 1, 2, 3):
+        raise ConfigError("zero_stage must be 0, 1, 2 or 3.", got=options.zero_stage)
+    if options.pp > 1:
+        stage = options.zero_stage
+        reason = (
+            f"ZeRO-{stage} and pipelines exclude each other" if stage >= 2 else "The deepspeed engine has no pipeline"
+        )
+        raise ConfigError(f"{reason}.", got=f"pp {options.pp}", fix="Set pp to 1, or take engine=megatron.")
+    if options.cp > 1:
+        raise ConfigError(
+            "The deepspeed engine has no context parallelism.", fix="Set cp to 1 or take engine=megatron."
+        )
+    if options.dtype == "bf16" and options.zero_stage == 0:
+        raise ConfigError(
+            "ZeRO-0 in bf16 is refused: DeepSpeed 0.19.8 applies a phantom optimizer step there.",
+            fix="Set zero_stage to 1.",
+        )
+    if options.offload != "none" and options.zero_stage == 0:
+        raise ConfigError("Offloading needs ZeRO.", fix="Set zero_stage to 1, 2 or 3, or offload to none.")
+    if options.offload == "all" and options.zero_stage < 3:
+        raise ConfigError("Offloading of the weights needs ZeRO-3.", fix="Set zero_stage to 3 or offload to optimizer.")
+
+
+def _check_megatron(options: EngineOptions) -> None:
+    if options.offload != "none":
+        raise ConfigError("The megatron engine does not offload.", fix="Take engine=deepspeed or set offload to none.")
+    if options.overlap_param_gather and not (options.distributed_optimizer and options.overlap_grad_reduce):
+        raise ConfigError("overlap_param_gather needs distributed_optimizer and overlap_grad_reduce.")
