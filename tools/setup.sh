@@ -36,11 +36,13 @@ echo "setup: installing into $venv with extras: $extras"
 pip=("$venv/bin/python" -m pip --disable-pip-version-check --quiet)
 "${pip[@]}" install --upgrade pip wheel setuptools
 torch="$(grep '^torch==' constraints.txt)"
-constraints="constraints.txt"
 if nvidia-smi >/dev/null 2>&1; then
   "${pip[@]}" install "$torch"
 else
   "$venv/bin/python" -c 'import torch' 2>/dev/null || "${pip[@]}" install "$torch" ${MINHERIT_TORCH_INDEX:+--index-url "$MINHERIT_TORCH_INDEX"}
 fi
-"${pip[@]}" install --constraint "$constraints" --editable ".[$extras]"
-{ echo "$want"; printf '%s\n' ${extras//,/ } $installed | sort -u; } >"$stamp"
+"${pip[@]}" install --constraint constraints.txt --editable ".[$extras]"
+{
+  echo "$want"
+  { tr ',' '\n' <<<"$extras"; echo "$installed"; } | sed '/^$/d' | sort -u
+} >"$stamp"
