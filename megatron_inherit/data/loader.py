@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+import xxhash
+
+from megatron_inherit.base.errors import DataError
+from megatron_inherit.data.packing import Boundary, make_cutter
+from megatron_inherit.data.permutation import KeyedPermutation, derive_key
+from megatron_inherit.data.spans import Pieces, Source, Spans, copy_pieces, find_pieces
+
+_COUNT_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -42,3 +53,196 @@ class Batch:
             position_ids=None if self.position_ids is None else self.position_ids[cut],
             segment_ids=None if self.segment_ids is None else self.segment_ids[cut],
         )
+
+
+@dataclass(frozen=True)
+class LoaderOptions:
+    """What to read and in which order.
+
+    Attributes:
+        path: Folder of a subset (``minherit data subset``), folder of tokens (``minherit data tokenize``), or the
+            prefix of a Megatron ``.bin/.idx`` pair.
+        sequence_length: Tokens a sample.
+        seed: Of the order of samples.
+        epochs: Passes over the data, each in an order of its own; a sample beyond them is an error. 0: no limit.
+        boundary: ``packed``, ``reset`` or ``none``, see :data:`megatron_inherit.data.packing.Boundary`.
+        split: ``train``, ``valid`` or ``test`` of a subset; ``all`` for tokens that have no splits.
+        shuffle: False gives the windows in stream order.
+        vocab_size: The model's; ids beyond it are refused.
+        verify: ``quick`` compares sizes and times of all files and hashes those that were touched; ``full`` hashes
+            all; ``none`` for the ranks beside the one that verifies.
+    """
+
+    path: str
+    sequence_length: int
+    seed: int = 0
+    epochs: int = 1
+    boundary: Boundary = "packed"
+    split: str = "train"
+    shuffle: bool = True
+    vocab_size: int | None = None
+    verify: Literal["quick", "full", "none"] = "quick"
+
+
+@dataclass(frozen=True)
+class DomainRange:
+    """A domain's place in the stream: tokens ``[start, stop)``; ``weight`` is its intended share."""
+
+    name: str
+    start: int
+    stop: int
+    weight: float
+
+
+class Loader:
+    """Fixed-length samples of a stream of documents.
+
+    Sample i is window ``permutation(i mod n)`` of epoch ``i div n``, so that any rank can ask for any sample at any
+    time and a resumed run needs no state but its step.
+
+    Args:
+        source: The token files.
+        spans: The documents in stream order.
+        domains: Where each domain stands in the stream.
+        options: See :class:`LoaderOptions`.
+        data_fingerprint: Hash of what source and spans hold.
+        pad_id: Fills the sequences of ``boundary="none"``.
+
+    Attributes:
+        samples_per_epoch: Samples of one pass.
+        num_samples: Samples of all passes, ``sys.maxsize`` without limit.
+        fingerprint: Hash of the data and of every option that changes what a sample index means.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        spans: Spans,
+        *,
+        domains: Sequence[DomainRange],
+        options: LoaderOptions,
+        data_fingerprint: str,
+        pad_id: int = 0,
+    ) -> None:
+        self.source, self.spans, self.domains, self.options = source, spans, tuple(domains), options
+        self.sequence_length = options.sequence_length
+        self._cutter = make_cutter(spans, options.sequence_length, options.boundary)
+        self._pad_id = pad_id
+        self.samples_per_epoch = self._cutter.count
+        if not self.samples_per_epoch:
+            raise DataError(
+                f"{options.path} ({options.split}) is too small for one sample.",
+                got=f"{spans.num_tokens} tokens",
+                expected=f"at least {options.sequence_length + 1}",
+            )
+        self.num_samples = self.samples_per_epoch * options.epochs if options.epochs else sys.maxsize
+        meaning = (data_fingerprint, options.sequence_length, options.seed, options.boundary, options.split, options.shuffle)
+        self.fingerprint = xxhash.xxh3_128_hexdigest(repr(meaning).encode())
+
+    def batch(self, start: int, count: int) -> Batch:
+        """Reads samples ``[start, start + count)``.
+
+        Raises:
+            DataError: The samples lie beyond the last epoch, or a token id is beyond the vocabulary.
+        """
+        self.require(start + count)
+        ids = np.arange(start, start + count)
+        first, length = self._cutter.ranges(self.windows(ids))
+        pieces = find_pieces(self.spans, first, length)
+        window = np.full((count, self.sequence_length + 1), self._pad_id, np.int64)
+        copy_pieces(self.source, pieces, window)
+        self._check_ids(window, pieces)
+        mask = np.arange(1, self.sequence_length + 1) < length[:, None]
+        positions = segments = None
+        if self.options.boundary == "reset":
+            positions, segments, mask = _document_ids(pieces, window.shape)
+        return Batch(window[:, :-1], window[:, 1:], mask, ids, positions, segments)
+
+    def require(self, num_samples: int) -> None:
+        """Raises DataError if a run of ``num_samples`` samples would need more data than the options allow."""
+        if num_samples <= self.num_samples:
+            return
+        raise DataError(
+            f"{self.options.path} ({self.options.split}) has too few tokens for the run.",
+            got=f"{self.samples_per_epoch} samples x {self.options.epochs} epochs of {self.sequence_length} tokens",
+            expected=f"{num_samples} samples",
+            fix="Take a larger subset, allow more epochs (0: no limit), or train fewer steps.",
+        )
+
+    def windows(self, sample_ids: np.ndarray) -> np.ndarray:
+        """Maps global sample indices, int64 [n], to window numbers of the stream, int64 [n]."""
+        epoch, index = np.divmod(sample_ids, self.samples_per_epoch)
+        if not self.options.shuffle:
+            return index
+        out = np.empty_like(index)
+        for number in np.unique(epoch).tolist():
+            chosen = epoch == number
+            key = derive_key(self.options.seed, "samples", number)
+            out[chosen] = KeyedPermutation(self.samples_per_epoch, key)(index[chosen])
+        return out
+
+    def drawn(self, start: int, stop: int) -> dict[str, int]:
+        """Counts the tokens of each domain in samples ``[start, stop)``, computed from the order, not from a log."""
+        whole, left = divmod(stop - start, self.samples_per_epoch)
+        totals = np.zeros(len(self.domains), np.int64)
+        if whole:
+            totals += whole * self._drawn(0, self.samples_per_epoch, shuffled=False)
+        if left:
+            totals += self._drawn(stop - left, stop, shuffled=True)
+        return {domain.name: int(total) for domain, total in zip(self.domains, totals, strict=True)}
+
+    def _drawn(self, start: int, stop: int, *, shuffled: bool) -> np.ndarray:
+        totals = np.zeros(len(self.domains), np.int64)
+        for begin in range(start, stop, _COUNT_CHUNK):
+            ids = np.arange(begin, min(stop, begin + _COUNT_CHUNK))
+            first, length = self._cutter.ranges(self.windows(ids) if shuffled else ids)
+            for number, domain in enumerate(self.domains):
+                inside = np.minimum(first + length - 1, domain.stop) - np.maximum(first, domain.start)
+                totals[number] += np.maximum(inside, 0).sum()
+        return totals
+
+    def _check_ids(self, window: np.ndarray, pieces: Pieces) -> None:
+        limit = self.options.vocab_size
+        if limit is None or (window.max() < limit and window.min() >= 0):
+            return
+        row, column = (int(part[0]) for part in np.nonzero((window >= limit) | (window < 0)))
+        piece = np.flatnonzero((pieces.row == row) & (pieces.begin <= column) & (column < pieces.end))[0]
+        path, offset = self.source.locate(int(pieces.source[piece] + column - pieces.begin[piece]))
+        raise beyond_vocabulary(path, offset, int(window[row, column]), limit)
+
+
+def beyond_vocabulary(path: object, offset: int, token: int, vocab_size: int) -> DataError:
+    """Says that a token id is none of the model's."""
+    return DataError(
+        f"{path} holds a token id beyond the vocabulary at offset {offset}.",
+        got=token,
+        expected=f"an id below {vocab_size}",
+        fix="Tokenize with the tokenizer of the model.",
+    )
+
+
+def _document_ids(pieces: Pieces, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Gives positions within documents, document numbers within the window, and which labels stay in the document."""
+    rows, width = shape
+    position, segment = np.empty(shape, np.int64), np.empty(shape, np.int32)
+    run = np.arange(width)
+    number, last_row = 0, -1
+    for row, begin, end in zip(pieces.row.tolist(), pieces.begin.tolist(), pieces.end.tolist(), strict=True):
+        number = number + 1 if row == last_row else 0
+        position[row, begin:end] = run[: end - begin]
+        segment[row, begin:end] = number
+        last_row = row
+    return position[:, :-1], segment[:, :-1], segment[:, 1:] == segment[:, :-1]
+
+
+def open_loader(options: LoaderOptions) -> Loader:
+    """Opens a subset, a folder of tokens or a Megatron ``.bin/.idx`` prefix for training.
+
+    Raises:
+        DataError: Files are missing, damaged or changed, the split does not exist, the data is too small, or its
+            token ids go beyond ``options.vocab_size``.
+    """
+    from megatron_inherit.data.opening import open_data
+
+    source, spans, domains, fingerprint, pad_id = open_data(options)
+    return Loader(source, spans, domains=domains, options=options, data_fingerprint=fingerprint, pad_id=pad_id)

@@ -1,0 +1,244 @@
+"""Tokenizers: one protocol over Hugging Face files, SentencePiece models, GPT-2's vocabulary files and plain bytes."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import xxhash
+
+from megatron_inherit.base.errors import DataError, MinheritError
+from megatron_inherit.base.optional import require
+
+_GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+_USUAL_EOS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[SEP]")
+_USUAL_BOS = ("<s>", "<|begin_of_text|>", "<bos>", "[CLS]")
+_BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back.
+
+    Attributes:
+        kind: ``hf``, ``sentencepiece``, ``gpt2`` or ``bytes``.
+        vocab_size: Highest id plus one.
+        eos_id, bos_id: The ids that end and begin a document, None where the vocabulary has none.
+        fingerprint: Hash of the vocabulary files and of the two ids.
+        path: What :func:`open_tokenizer` was given.
+    """
+
+    kind: str
+    vocab_size: int
+    eos_id: int | None
+    bos_id: int | None
+    fingerprint: str
+    path: str
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Gives the ids of each text; no BOS or EOS is added and text never turns into a control token."""
+        ...
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Gives the text of ids, control tokens included as they are written."""
+        ...
+
+    def byte_lengths(self) -> np.ndarray:
+        """Gives the UTF-8 bytes of text that each id stands for, int64 [vocab_size]; control tokens count 0."""
+        ...
+
+
+def open_tokenizer(path: str | Path, *, eos: str | None = None, bos: str | None = None) -> Tokenizer:
+    """Opens a tokenizer.
+
+    Args:
+        path: ``bytes``; a ``tokenizer.json``; a SentencePiece ``.model``; or a folder holding one of these, or GPT-2's
+            ``vocab.json`` and ``merges.txt`` (``encoder.json`` and ``vocab.bpe``).
+        eos, bos: The tokens (as written in the vocabulary) that end and begin a document; default: what the folder's
+            configuration says, else the usual names.
+
+    Raises:
+        DataError: Nothing readable is there, or the vocabulary lacks ``eos`` or ``bos``.
+    """
+    if str(path) == "bytes":
+        return ByteTokenizer()
+    path = Path(path)
+    file = _vocabulary_file(path)
+    try:
+        if file.suffix == ".model":
+            return SentencePieceTokenizer(file, eos=eos, bos=bos)
+        return HuggingFaceTokenizer(file, eos=eos, bos=bos)
+    except MinheritError:
+        raise
+    except Exception as error:
+        raise DataError(f"The tokenizer {file} cannot be read: {error}.") from error
+
+
+def _vocabulary_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    names = ("tokenizer.json", "tokenizer.model", *(vocabulary for vocabulary, _ in _GPT2_FILES))
+    for name in names:
+        if (path / name).is_file():
+            return path / name
+    raise DataError(
+        f"No tokenizer at {path}.",
+        expected=f"'bytes', a file tokenizer.json or *.model, or a folder with one of {', '.join(names)}",
+    )
+
+
+class ByteTokenizer:
+    """Every byte of UTF-8 is a token; id 256 ends a document."""
+
+    kind, path = "bytes", "bytes"
+    vocab_size = 257
+    eos_id: int | None = 256
+    bos_id: int | None = None
+    fingerprint = "bytes-257"
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Gives the bytes of each text."""
+        return [list(text.encode()) for text in texts]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Joins bytes to text; what is not UTF-8 shows as a replacement character."""
+        return bytes(int(one) for one in ids if 0 <= one < 256).decode(errors="replace")
+
+    def byte_lengths(self) -> np.ndarray:
+        """One byte an id, none for the end of a document."""
+        return np.array([1] * 256 + [0], np.int64)
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model, such as LLaMA's ``tokenizer.model``."""
+
+    kind = "sentencepiece"
+
+    def __init__(self, file: Path, *, eos: str | None, bos: str | None) -> None:
+        module = require("sentencepiece", "SentencePiece models")
+        self._model = module.SentencePieceProcessor(model_file=str(file))
+        self.path = str(file)
+        self.vocab_size = self._model.get_piece_size()
+        pieces = {self._model.id_to_piece(number): number for number in range(self.vocab_size)}
+        self.eos_id = _named(pieces, eos, file) if eos else _or_none(self._model.eos_id())
+        self.bos_id = _named(pieces, bos, file) if bos else _or_none(self._model.bos_id())
+        self.fingerprint = _fingerprint([file], self.eos_id, self.bos_id)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encodes on the calling thread."""
+        return self._model.encode(list(texts), num_threads=1)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Decodes; control tokens give no text."""
+        return self._model.decode([int(one) for one in ids])
+
+    def byte_lengths(self) -> np.ndarray:
+        """Counts the bytes of the pieces, the blank mark as one."""
+        out = np.zeros(self.vocab_size, np.int64)
+        for number in range(self.vocab_size):
+            if self._model.is_byte(number):
+                out[number] = 1
+            elif not (self._model.is_control(number) or self._model.is_unknown(number)):
+                out[number] = len(self._model.id_to_piece(number).replace("▁", " ").encode())
+        return out
+
+
+class HuggingFaceTokenizer:
+    """A ``tokenizer.json`` of the ``tokenizers`` library, or GPT-2's two vocabulary files."""
+
+    def __init__(self, file: Path, *, eos: str | None, bos: str | None) -> None:
+        module = require("tokenizers", "Hugging Face tokenizers")
+        self.path = str(file)
+        merges = dict(_GPT2_FILES).get(file.name)
+        self.kind = "gpt2" if merges else "hf"
+        self._tokenizer = _gpt2(module, file, file.with_name(merges)) if merges else module.Tokenizer.from_file(str(file))
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._tokenizer.encode_special_tokens = True
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values()) + 1
+        declared = _declared_specials(file.parent)
+        self.eos_id = _find(vocabulary, eos, declared.get("eos_token"), _USUAL_EOS, file)
+        self.bos_id = _find(vocabulary, bos, declared.get("bos_token"), _USUAL_BOS, file)
+        self.fingerprint = _fingerprint([file, *([file.with_name(merges)] if merges else [])], self.eos_id, self.bos_id)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Encodes on the library's threads (``TOKENIZERS_PARALLELISM``)."""
+        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [one.ids for one in encoded]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Decodes, control tokens as they are written."""
+        return self._tokenizer.decode([int(one) for one in ids], skip_special_tokens=False)
+
+    def byte_lengths(self) -> np.ndarray:
+        """Counts the bytes of the pieces as the decoder of the file writes them."""
+        byte_level = '"ByteLevel"' in json.dumps(json.loads(self._tokenizer.to_str()).get("decoder"))
+        added = self._tokenizer.get_added_tokens_decoder()
+        out = np.zeros(self.vocab_size, np.int64)
+        for piece, number in self._tokenizer.get_vocab(with_added_tokens=True).items():
+            if number in added:
+                out[number] = 0 if added[number].special else len(piece.encode())
+            elif byte_level:
+                out[number] = len(piece)
+            else:
+                out[number] = 1 if _BYTE_PIECE.fullmatch(piece) else len(piece.replace("▁", " ").encode())
+        for end in (self.eos_id, self.bos_id):
+            if end is not None:
+                out[end] = 0
+        return out
+
+
+def _gpt2(module: Any, vocabulary: Path, merges: Path) -> Any:
+    if not merges.is_file():
+        raise DataError(f"{merges} is missing beside {vocabulary.name}.")
+    model = module.models.BPE.from_file(str(vocabulary), str(merges))
+    tokenizer = module.Tokenizer(model)
+    tokenizer.pre_tokenizer = module.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = module.decoders.ByteLevel()
+    return tokenizer
+
+
+def _declared_specials(folder: Path) -> dict[str, str]:
+    """Reads ``eos_token`` and ``bos_token`` of the configuration beside a tokenizer.json."""
+    found: dict[str, str] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        file = folder / name
+        if not file.is_file():
+            continue
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"{file} is not JSON: {error}.") from error
+        for key in ("eos_token", "bos_token"):
+            value = values.get(key) if isinstance(values, dict) else None
+            value = value.get("content") if isinstance(value, dict) else value
+            if isinstance(value, str):
+                found[key] = value
+    return found
+
+
+def _find(vocabulary: dict[str, int], asked: str | None, declared: str | None, usual: tuple[str, ...], file: Path) -> int | None:
+    if asked or declared:
+        return _named(vocabulary, asked or declared or "", file)
+    return next((vocabulary[name] for name in usual if name in vocabulary), None)
+
+
+def _named(vocabulary: dict[str, int], name: str, file: Path) -> int:
+    if name not in vocabulary:
+        raise DataError(f"The vocabulary of {file} has no token {name!r}.")
+    return vocabulary[name]
+
+
+def _or_none(number: int) -> int | None:
+    return number if number >= 0 else None
+
+
+def _fingerprint(files: Sequence[Path], *ids: int | None) -> str:
+    digest = xxhash.xxh3_128(repr(ids).encode())
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
