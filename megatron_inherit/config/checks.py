@@ -1,0 +1,136 @@
+"""Rules that tie several keys of a recipe together; each names the key to change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from megatron_inherit.base.errors import ConfigError
+
+if TYPE_CHECKING:
+    from megatron_inherit.config.schema import RunConfig
+
+
+def check_model_source(config: RunConfig) -> None:
+    """A model comes from a folder or from a preset; a preset has no weights."""
+    model = config.model
+    if (model.path is None) == (model.preset is None):
+        raise ConfigError(
+            "model: exactly one of model.path and model.preset must be given.",
+            got="both" if model.path else "neither",
+        )
+    if model.preset is not None and model.init == "weights":
+        raise ConfigError(
+            "model.init: a preset has no weights.", got="weights", expected="random", fix="Set model.init=random."
+        )
+    if model.path is not None and model.shape:
+        raise ConfigError("model.shape: only a preset's shape can be changed.", fix="Remove it, or use model.preset.")
+
+
+def check_length(config: RunConfig) -> None:
+    """A run is as long as its steps or its token budget say."""
+    train = config.train
+    if (train.steps is None) == (train.budget is None):
+        raise ConfigError(
+            "train: exactly one of train.steps and train.budget must be given.",
+            got="both" if train.steps else "neither",
+            fix="On the command line the other one can be set to null.",
+        )
+    tokens = train.global_batch * train.sequence_length
+    if train.budget is not None and train.budget < tokens:
+        raise ConfigError("train.budget: less than one step.", got=train.budget, expected=f"at least {tokens}")
+
+
+def check_batch(config: RunConfig) -> None:
+    """All global batches are made of whole micro-batches."""
+    train, ramp = config.train, config.train.batch_ramp
+    sizes = {"train.global_batch": train.global_batch}
+    if ramp is not None:
+        sizes |= {"train.batch_ramp.start": ramp.start, "train.batch_ramp.increment": ramp.increment}
+    for key, size in sizes.items():
+        if size % train.micro_batch:
+            raise ConfigError(
+                f"{key}: not divisible by train.micro_batch.",
+                got=f"{size} and {train.micro_batch}",
+                fix=f"Use a multiple of {train.micro_batch}, or another train.micro_batch.",
+            )
+    if ramp is not None and (ramp.start > train.global_batch or (train.global_batch - ramp.start) % ramp.increment):
+        raise ConfigError(
+            "train.batch_ramp: the batch does not reach train.global_batch in whole increments.",
+            got=f"from {ramp.start} by {ramp.increment} to {train.global_batch}",
+        )
+
+
+def check_schedule(config: RunConfig) -> None:
+    """The learning rate rises before it falls, and falls downward."""
+    schedule, steps = config.schedule, config.train.steps
+    if schedule.floor_lr > config.optimizer.lr:
+        raise ConfigError(
+            "schedule.floor_lr: above optimizer.lr.", got=schedule.floor_lr, expected=f"at most {config.optimizer.lr}"
+        )
+    if steps is not None and schedule.warmup_steps > steps:
+        raise ConfigError(
+            "schedule.warmup_steps: longer than the run.", got=schedule.warmup_steps, expected=f"at most {steps}"
+        )
+    if schedule.kind in ("cosine", "linear") and (schedule.decay_steps or LONGEST) <= schedule.warmup_steps:
+        raise ConfigError(
+            "schedule.decay_steps: the floor would be reached during the warm-up.",
+            got=schedule.decay_steps,
+            expected=f"more than {schedule.warmup_steps}",
+        )
+    if schedule.kind == "inverse-sqrt" and not schedule.warmup_steps:
+        raise ConfigError("schedule.warmup_steps: inverse-sqrt is lr * sqrt(warmup / step) and needs a warm-up.")
+
+
+def check_zero_and_pipeline(config: RunConfig) -> None:
+    """DeepSpeed's ZeRO-2 and ZeRO-3 exclude pipelines."""
+    if config.engine == "deepspeed" and config.parallel.pp > 1:
+        raise ConfigError(
+            "parallel.pp: ZeRO-2/3 and pipelines exclude each other, and the deepspeed engine runs no pipeline."
+            if config.deepspeed.zero_stage >= 2
+            else "parallel.pp: the deepspeed engine runs no pipeline.",
+            got=config.parallel.pp,
+            expected=1,
+            fix="Set parallel.pp=1, or engine=megatron.",
+        )
+
+
+def check_zero_dtype(config: RunConfig) -> None:
+    """DeepSpeed steps a bf16 model only from stage 1 on."""
+    if config.engine == "deepspeed" and config.deepspeed.zero_stage == 0 and config.train.dtype == "bf16":
+        raise ConfigError(
+            "deepspeed.zero_stage: stage 0 in bf16 takes a phantom optimizer step in DeepSpeed 0.19.8.",
+            got=0,
+            expected=1,
+            fix="Set deepspeed.zero_stage=1 or train.dtype=fp32.",
+        )
+
+
+def check_split_shares(config: RunConfig) -> None:
+    """The three parts of the documents are all of them."""
+    total = sum(config.data.split_shares)
+    if abs(total - 1) > 1e-6:
+        raise ConfigError("data.split_shares: the shares do not add up to 1.", got=total)
+
+
+def check_kept(config: RunConfig) -> None:
+    """Checkpoints that are kept for ever are among those that are saved."""
+    checkpoint = config.checkpoint
+    if checkpoint.keep_every_steps is not None and checkpoint.keep_every_steps % checkpoint.every_steps:
+        raise ConfigError(
+            "checkpoint.keep_every_steps: not a multiple of checkpoint.every_steps.",
+            got=f"{checkpoint.keep_every_steps} and {checkpoint.every_steps}",
+        )
+
+
+LONGEST = 1 << 62
+CHECKS: tuple[Callable[[RunConfig], None], ...] = (
+    check_model_source,
+    check_length,
+    check_batch,
+    check_schedule,
+    check_zero_and_pipeline,
+    check_zero_dtype,
+    check_split_shares,
+    check_kept,
+)

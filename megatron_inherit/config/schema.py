@@ -1,0 +1,349 @@
+"""What a recipe may say: one frozen section a part of a run; unknown keys, NaN and infinity are refused.
+
+Names carry their units. A section is read by the part it configures and by nobody else.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+
+from megatron_inherit.base.errors import UsageError
+from megatron_inherit.base.quantities import parse_count
+
+LARGEST = 10**15
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a number is needed, not true or false")
+    return value
+
+
+def _count(value: Any) -> Any:
+    if not isinstance(value, str):
+        return _no_bool(value)
+    try:
+        return parse_count(value)
+    except UsageError as error:
+        raise ValueError(str(error)) from error
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str | dict) else value
+
+
+Text = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f]+$")]
+Count = Annotated[int, BeforeValidator(_count), Field(ge=0, le=LARGEST)]
+Positive = Annotated[int, BeforeValidator(_count), Field(ge=1, le=LARGEST)]
+Real = Annotated[float, BeforeValidator(_no_bool), Field(ge=0)]
+Rate = Annotated[float, BeforeValidator(_no_bool), Field(gt=0)]
+Share = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1)]
+Logger = Literal["tensorboard", "wandb", "trackio", "mlflow"]
+
+
+class Section(BaseModel):
+    """What all sections share."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+
+class RunSection(Section):
+    """Which run this is.
+
+    Attributes:
+        name: What plots and loggers call it.
+        output: The run's folder; on several nodes one that all of them see.
+        seed: Of fresh weights and, unless ``data.seed`` is given, of the sample order.
+    """
+
+    name: Text = "run"
+    output: Text
+    seed: Count = 1234
+
+
+class ModelSection(Section):
+    """Where the model comes from: a folder, or a preset for random weights.
+
+    Attributes:
+        path: Folder of any checkpoint format.
+        preset: Name of ``arch.presets``, instead of ``path``.
+        shape: Fields of ModelConfig that replace the preset's.
+        init: ``weights`` takes the folder's, ``random`` draws new ones in its shape.
+        tokenizer: Folder whose tokenizer files the checkpoints carry; default: the model's, then the data's.
+    """
+
+    path: Text | None = None
+    preset: Text | None = None
+    shape: dict[str, int | float | bool] = Field(default_factory=dict)
+    init: Literal["weights", "random"] = "weights"
+    tokenizer: Text | None = None
+
+
+class DataSource(Section):
+    """A tokenized data set, and its share of the mixture.
+
+    Attributes:
+        path: Prefix of the ``.bin`` and ``.idx`` files.
+        weight: Relative share of the samples.
+    """
+
+    path: Text
+    weight: Rate = 1.0
+
+
+def _source(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+class DataSection(Section):
+    """What the model is trained on.
+
+    Attributes:
+        train: One prefix, a list of prefixes, or a list of {path, weight}.
+        split: Which part of the documents: ``train``, ``validation``, ``test`` or ``all``.
+        split_shares: Shares of the documents of the three parts.
+        budget: Unique tokens to take at random, ``1B`` for instance; the smaller subset lies within the larger.
+        seed: Of the sample order; default ``run.seed``.
+        shuffle: Draws the documents of every epoch in a new order.
+        isolate_documents: Attention does not cross documents and positions restart with each.
+        mask_separator: The loss leaves out predictions of the first token after a document's end.
+    """
+
+    train: Annotated[
+        tuple[Annotated[DataSource, BeforeValidator(_source)], ...], BeforeValidator(_listed), Field(min_length=1)
+    ]
+    split: Literal["train", "validation", "test", "all"] = "all"
+    split_shares: tuple[Real, Real, Real] = (0.98, 0.01, 0.01)
+    budget: Positive | None = None
+    seed: Count | None = None
+    shuffle: bool = True
+    isolate_documents: bool = False
+    mask_separator: bool = False
+
+
+class BatchRamp(Section):
+    """A global batch that grows.
+
+    Attributes:
+        start: Sequences of the first steps.
+        increment: Sequences by which it grows.
+        samples: Sequences over which it reaches ``train.global_batch``.
+    """
+
+    start: Positive
+    increment: Positive
+    samples: Positive
+
+
+class TrainSection(Section):
+    """How much is trained, and in what pieces.
+
+    Attributes:
+        steps: Optimizer steps; or
+        budget: tokens to see, ``50B`` for instance, repetitions included.
+        global_batch: Sequences of a step, over all replicas.
+        micro_batch: Sequences of one forward pass on one replica.
+        sequence_length: Tokens of a sequence.
+        batch_ramp: A growing global batch, or none.
+        dtype: Of weights and activations; ``bf16`` keeps fp32 masters.
+        recompute: Activations computed anew in the backward pass: of no block, of the MLPs, of whole blocks.
+        deterministic: The same bits in every run, at some cost on a GPU.
+        stop_after: Steps after which this process saves and ends, although the run goes on; for tests and quotas.
+    """
+
+    steps: Positive | None = None
+    budget: Positive | None = None
+    global_batch: Positive
+    micro_batch: Positive = 1
+    sequence_length: Positive
+    batch_ramp: BatchRamp | None = None
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    recompute: Literal["none", "selective", "full"] = "none"
+    deterministic: bool = False
+    stop_after: Positive | None = None
+
+
+class OptimizerSection(Section):
+    """AdamW; norms, biases and embeddings are not decayed.
+
+    Attributes:
+        lr: Peak learning rate.
+        beta1, beta2, eps, weight_decay: Of AdamW.
+        clip: Largest L2 norm of the whole gradient; 0 leaves it as it is.
+    """
+
+    lr: Rate = 3e-4
+    beta1: Share = 0.9
+    beta2: Share = 0.95
+    eps: Rate = 1e-8
+    weight_decay: Real = 0.1
+    clip: Real = 1.0
+
+
+class ScheduleSection(Section):
+    """The learning rate over the steps.
+
+    Attributes:
+        kind: ``cosine``, ``linear`` and ``inverse-sqrt`` fall to the floor, ``wsd`` is constant but for its end.
+        warmup_steps: Steps of the linear rise from 0.
+        floor_lr: Learning rate at the end.
+        decay_steps: ``cosine`` and ``linear``: step at which the floor is reached, default the last one; ``wsd``:
+            number of last steps in which it falls, default a tenth.
+        decay_shape: Of the fall of ``wsd``.
+    """
+
+    kind: Literal["cosine", "linear", "constant", "inverse-sqrt", "wsd"] = "cosine"
+    warmup_steps: Count = 0
+    floor_lr: Real = 0.0
+    decay_steps: Positive | None = None
+    decay_shape: Literal["linear", "cosine", "sqrt"] = "linear"
+
+
+class ParallelSection(Section):
+    """How the model is spread; what is left of the processes are replicas.
+
+    Attributes:
+        tp, pp, vpp, cp: Tensor, pipeline, virtual pipeline (chunks a stage) and context parallel sizes.
+        sequence_parallel: Splits activations between the tensor parallel regions along the sequence too.
+        first_stage_layers, last_stage_layers: Blocks of these pipeline stages where they are to differ.
+        timeout_seconds: After which a collective that hangs raises.
+    """
+
+    tp: Positive = 1
+    pp: Positive = 1
+    vpp: Positive = 1
+    cp: Positive = 1
+    sequence_parallel: bool = False
+    first_stage_layers: Positive | None = None
+    last_stage_layers: Positive | None = None
+    timeout_seconds: Rate = 600.0
+
+
+class DeepSpeedSection(Section):
+    """Read with ``engine: deepspeed`` only.
+
+    Attributes:
+        zero_stage: What is sharded over the replicas: 1 optimizer, 2 and gradients, 3 and weights.
+        offload: What is kept in host memory.
+    """
+
+    zero_stage: Annotated[int, BeforeValidator(_no_bool), Field(ge=0, le=3)] = 1
+    offload: Literal["none", "optimizer", "all"] = "none"
+
+
+class MegatronSection(Section):
+    """Read with ``engine: megatron`` only.
+
+    Attributes:
+        distributed_optimizer: Shards masters and moments over the replicas.
+        overlap_grad_reduce, overlap_param_gather: Hides communication behind computation.
+    """
+
+    distributed_optimizer: bool = False
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+
+
+class CheckpointSection(Section):
+    """When the state is saved and what is kept.
+
+    Attributes:
+        every_steps: Steps between saves; the last step is always saved.
+        keep_last: Newest checkpoints that are kept.
+        keep_every_steps: Checkpoints at multiples of this are kept for ever.
+        asynchronous: Only the copy to host memory blocks; a thread writes.
+        on_disk_full: Whether training stops (exit code 7) or goes on without that checkpoint.
+    """
+
+    every_steps: Positive = 1000
+    keep_last: Positive = 3
+    keep_every_steps: Positive | None = None
+    asynchronous: bool = True
+    on_disk_full: Literal["stop", "continue"] = "stop"
+
+
+class EvalSection(Section):
+    """The fixed windows on which every run is measured.
+
+    Attributes:
+        windows: File of evaluation windows, or None for no evaluation.
+        every_steps: Steps between evaluations; the start and the last step are always evaluated.
+        micro_batch: Windows of one forward pass; default ``train.micro_batch``.
+    """
+
+    windows: Text | None = None
+    every_steps: Positive = 1000
+    micro_batch: Positive | None = None
+
+
+class LoggingSection(Section):
+    """What is told, and to whom; metrics.jsonl is always written.
+
+    Attributes:
+        every_steps: Steps between lines on the terminal and to the loggers.
+        loggers: Further receivers of the metrics.
+        project: What wandb, trackio and mlflow file the run under.
+        flops_formula: Of the model FLOPs utilisation: ``palm`` 6N + 12Lhs, ``causal`` with half the attention.
+        peak_tflops: Dense peak of one device; default the data sheet's for a known GPU.
+        profile_steps: Steps that ``--profile`` traces, after ten others.
+    """
+
+    every_steps: Positive = 10
+    loggers: Annotated[tuple[Logger, ...], BeforeValidator(_listed)] = ()
+    project: Text = "megatron_inherit"
+    flops_formula: Literal["palm", "causal"] = "palm"
+    peak_tflops: Rate | None = None
+    profile_steps: Positive = 3
+
+
+class GuardSection(Section):
+    """What watches over the run.
+
+    Attributes:
+        watchdog_seconds: Without progress for so long the silent rank is named and the run ends.
+        weight_hash_every_steps: Steps between comparisons of the replicas' weights.
+        straggler_every_steps: Steps between looks at the ranks' speed.
+        straggler_score: A rank that leaves less than this share of the step for work is reported.
+        spike_window: Losses from which a spike is told.
+        spike_sigma: Standard deviations above their mean that make a loss a spike.
+        spike_patience: Spikes or non-finite gradients in a row that roll the run back to its last checkpoint.
+        max_rollbacks: Rollbacks after which the run gives up with exit code 6.
+    """
+
+    watchdog_seconds: Rate = 1800.0
+    weight_hash_every_steps: Positive = 1000
+    straggler_every_steps: Positive = 20
+    straggler_score: Share = 0.7
+    spike_window: Annotated[int, BeforeValidator(_no_bool), Field(ge=8, le=100_000)] = 128
+    spike_sigma: Rate = 6.0
+    spike_patience: Positive = 4
+    max_rollbacks: Count = 2
+
+
+class RunConfig(Section):
+    """A complete run; ``engine`` chooses which of the two engines' sections counts."""
+
+    run: RunSection
+    model: ModelSection
+    data: DataSection
+    train: TrainSection
+    engine: Literal["deepspeed", "megatron"] = "megatron"
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection = ScheduleSection()
+    parallel: ParallelSection = ParallelSection()
+    megatron: MegatronSection = MegatronSection()
+    deepspeed: DeepSpeedSection = DeepSpeedSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    eval: EvalSection = EvalSection()
+    logging: LoggingSection = LoggingSection()
+    guard: GuardSection = GuardSection()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RunConfig:
+        from megatron_inherit.config.checks import CHECKS
+
+        for check in CHECKS:
+            check(self)
+        return self
