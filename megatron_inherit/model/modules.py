@@ -1,0 +1,105 @@
+"""The blocks of a decoder: MLP and pre-norm layer, on Megatron-Core's parallel linears."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import BaseTransformerLayer, get_transformer_layer_offset
+from torch.utils.checkpoint import checkpoint
+
+from megatron_inherit.model.attention import Attention, Tables
+from megatron_inherit.model.norm import Norm
+
+
+class Mlp(MegatronModule):
+    """SwiGLU (Shazeer 2020) on packed gate and up rows, or GELU in its tanh form."""
+
+    def __init__(self, config: TransformerConfig, pg_collection: ProcessGroupCollection) -> None:
+        super().__init__(config=config)
+        self.gated = config.gated_linear_unit
+        shared: dict[str, Any] = {
+            "config": config,
+            "bias": config.add_bias_linear,
+            "skip_bias_add": False,
+            "tp_group": pg_collection.tp,
+        }
+        self.linear_fc1 = ColumnParallelLinear(
+            config.hidden_size,
+            config.ffn_hidden_size * (2 if self.gated else 1),
+            init_method=config.init_method,
+            gather_output=False,
+            **shared,
+        )
+        self.linear_fc2 = RowParallelLinear(
+            config.ffn_hidden_size,
+            config.hidden_size,
+            init_method=config.output_layer_init_method,
+            input_is_parallel=True,
+            is_expert=False,
+            **shared,
+        )
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Maps [sequence, batch, hidden] to the same shape."""
+        inner, _ = self.linear_fc1(hidden)
+        if self.gated:
+            gate, up = inner.chunk(2, dim=-1)
+            inner = F.silu(gate) * up
+        else:
+            inner = F.gelu(inner, approximate="tanh")
+        return self.linear_fc2(inner)[0]
+
+
+class Layer(MegatronModule, BaseTransformerLayer):
+    """One pre-norm block: x + attention(norm(x)), then + mlp(norm(...)).
+
+    Args:
+        config: The model's; ``recompute`` says what the backward pass computes anew.
+        layer_number: 1-based index among this stage's blocks.
+        pg_collection: Process groups.
+        vp_stage: Chunk of a virtual pipeline.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        vp_stage: int | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.layer_number = layer_number + get_transformer_layer_offset(config, vp_stage, pg_collection.pp.rank())
+        self.input_layernorm = Norm(config, config.hidden_size, config.layernorm_epsilon)
+        self.self_attention = Attention(config, pg_collection)
+        self.pre_mlp_layernorm = Norm(config, config.hidden_size, config.layernorm_epsilon)
+        self.mlp = Mlp(config, pg_collection)
+
+    def _block(self, hidden: torch.Tensor, mask: torch.Tensor | None, tables: Tables | None) -> torch.Tensor:
+        attended = self.self_attention(self.input_layernorm(hidden), mask, tables)
+        if self.config.recompute == "selective" and torch.is_grad_enabled():
+            hidden = attended + hidden
+            return hidden + checkpoint(self._mlp, hidden, use_reentrant=False, preserve_rng_state=False)
+        normed, hidden = self.pre_mlp_layernorm.add(attended, hidden)
+        return hidden + self.mlp(normed)
+
+    def _mlp(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.mlp(self.pre_mlp_layernorm(hidden))
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        rotary_pos_emb: Tables | None = None,
+        **unused: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """Maps [sequence, batch, hidden] to the same shape; the second value is Megatron-Core's unused context."""
+        arguments = hidden_states, attention_mask, rotary_pos_emb
+        if self.config.recompute == "full" and torch.is_grad_enabled():
+            return checkpoint(self._block, *arguments, use_reentrant=False, preserve_rng_state=False), None
+        return self._block(*arguments), None

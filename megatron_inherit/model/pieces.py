@@ -1,0 +1,125 @@
+"""Which canonical tensors a parameter of the model holds, and where: the table behind loading, saving and resharding.
+
+A parameter of one rank is a concatenation of boxes of canonical tensors, each contiguous in it: rows of q, then of k,
+then of v; rows of gate, then of up; an embedding's rows, then padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+from megatron_inherit.arch.tensors import TensorSpec, tensor_table
+from megatron_inherit.model.language_model import LanguageModel
+
+_BLOCK_TABLE: dict[str, tuple[str, ...]] = {
+    "input_layernorm": ("attn_norm",),
+    "self_attention.linear_qkv": ("attn.q", "attn.k", "attn.v"),
+    "self_attention.q_layernorm": ("attn.q_norm",),
+    "self_attention.k_layernorm": ("attn.k_norm",),
+    "self_attention.linear_proj": ("attn.o",),
+    "pre_mlp_layernorm": ("mlp_norm",),
+    "mlp.linear_fc1": ("mlp.gate", "mlp.up"),
+    "mlp.linear_fc2": ("mlp.down",),
+}
+_OUTER_TABLE: dict[str, str] = {
+    "embedding.word_embeddings": "embed",
+    "embedding.position_embeddings": "pos_embed",
+    "decoder.final_layernorm": "final_norm",
+    "output_layer": "head",
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A box of a canonical tensor inside a parameter of this rank.
+
+    Attributes:
+        parameter: Name of the parameter in its model chunk.
+        spec: The canonical tensor.
+        start, shape: The box.
+        offset: Its first element in the flattened parameter.
+        copies: The box is on every tensor parallel rank.
+        tied: The parameter is the last stage's copy of a tied embedding.
+    """
+
+    parameter: str
+    spec: TensorSpec
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    offset: int
+    copies: bool = False
+    tied: bool = False
+
+    @property
+    def numel(self) -> int:
+        """Number of elements of the box."""
+        return prod(self.shape)
+
+    @property
+    def box(self) -> tuple[slice, ...]:
+        """The box as slices of the canonical tensor."""
+        return tuple(slice(low, low + size) for low, size in zip(self.start, self.shape, strict=True))
+
+
+def canonical_names(chunk: LanguageModel, parameter: str) -> tuple[str, ...]:
+    """Names the canonical tensors that a parameter of a chunk holds, in their order in it."""
+    module, _, leaf = parameter.rpartition(".")
+    if module in _OUTER_TABLE:
+        name = f"{_OUTER_TABLE[module]}.{leaf}"
+        return ("embed.weight",) if name == "head.weight" and chunk.model.tied else (name,)
+    local, _, rest = module.removeprefix("decoder.layers.").partition(".")
+    layer = chunk.decoder.layers[int(local)].layer_number - 1
+    names = tuple(f"layers.{layer}.{part}.{leaf}" for part in _BLOCK_TABLE[rest])
+    table = tensor_table(chunk.model)
+    return tuple(name for name in names if name in table)
+
+
+def pieces_of(chunk: LanguageModel) -> dict[str, list[Piece]]:
+    """Lists the pieces of every parameter of a chunk, in the order of ``named_parameters``."""
+    table = tensor_table(chunk.model)
+    size, rank = chunk.tp_size, chunk.pg_collection.tp.rank()
+    found: dict[str, list[Piece]] = {}
+    for parameter, _ in chunk.named_parameters():
+        offset, found[parameter] = 0, []
+        tied = parameter.startswith("output_layer.") and chunk.model.tied
+        for name in canonical_names(chunk, parameter):
+            spec = table[name]
+            start, shape = _box(spec, size, rank, chunk.vocab_size)
+            found[parameter].append(Piece(parameter, spec, start, shape, offset, spec.split == "none", tied))
+            offset += prod(shape)
+    return found
+
+
+def local_numel(pieces: list[Piece], chunk: LanguageModel) -> int:
+    """Counts the elements of a parameter, padding rows included, without looking at it (ZeRO-3 hides its shape)."""
+    spec = pieces[0].spec
+    if spec.split == "vocab":
+        return chunk.vocab_size // chunk.tp_size * spec.shape[1]
+    return sum(piece.numel for piece in pieces)
+
+
+def _box(spec: TensorSpec, size: int, rank: int, padded: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    start, shape = [0] * len(spec.shape), list(spec.shape)
+    if spec.split == "vocab":
+        rows = padded // size
+        start[0] = min(rank * rows, spec.shape[0])
+        shape[0] = min(rows, spec.shape[0] - start[0])
+    elif spec.split in ("column", "row"):
+        axis = 0 if spec.split == "column" else 1
+        shape[axis] //= size
+        start[axis] = rank * shape[axis]
+    return tuple(start), tuple(shape)
+
+
+def cut_flat(pieces: list[Piece], low: int, high: int) -> Iterator[tuple[Piece, int, int]]:
+    """Cuts elements ``[low, high)`` of a flattened parameter into pieces.
+
+    Yields:
+        A piece and the range of its own elements, in row-major order of its box.
+    """
+    for piece in pieces:
+        first, last = max(low, piece.offset), min(high, piece.offset + piece.numel)
+        if first < last:
+            yield piece, first - piece.offset, last - piece.offset
