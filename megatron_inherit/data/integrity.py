@@ -1,4 +1,4 @@
-"""Hashes of large files in blocks, so that damage is found with its place, and a quick test that a file is untouched."""
+"""Hashes of large files in blocks, so that damage is found with its place."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def check_hashes(path: Path, digests: list[str]) -> None:
         if number >= len(digests) or digest != digests[number]:
             offset = number * BLOCK_BYTES
             raise DataError(
-                f"{path} was changed since it was written: the block at offset {offset} (up to 64 MiB) has another hash.",
+                f"{path} was changed since it was written: the 64 MiB at offset {offset} have another hash.",
                 got=digest,
                 expected=digests[number] if number < len(digests) else "the end of the file",
                 fix="Restore the file or build it again.",

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import xxhash
 
 from megatron_inherit.base.errors import DataError
+from megatron_inherit.data.opening import Stream, Verify, beyond_vocabulary, open_stream
 from megatron_inherit.data.packing import Boundary, make_cutter
 from megatron_inherit.data.permutation import KeyedPermutation, derive_key
-from megatron_inherit.data.spans import Pieces, Source, Spans, copy_pieces, find_pieces
+from megatron_inherit.data.spans import Pieces, copy_pieces, find_pieces
 
 _COUNT_CHUNK = 1 << 20
 
@@ -81,17 +80,7 @@ class LoaderOptions:
     split: str = "train"
     shuffle: bool = True
     vocab_size: int | None = None
-    verify: Literal["quick", "full", "none"] = "quick"
-
-
-@dataclass(frozen=True)
-class DomainRange:
-    """A domain's place in the stream: tokens ``[start, stop)``; ``weight`` is its intended share."""
-
-    name: str
-    start: int
-    stop: int
-    weight: float
+    verify: Verify = "quick"
 
 
 class Loader:
@@ -101,12 +90,8 @@ class Loader:
     time and a resumed run needs no state but its step.
 
     Args:
-        source: The token files.
-        spans: The documents in stream order.
-        domains: Where each domain stands in the stream.
-        options: See :class:`LoaderOptions`.
-        data_fingerprint: Hash of what source and spans hold.
-        pad_id: Fills the sequences of ``boundary="none"``.
+        stream: What is read.
+        options: How.
 
     Attributes:
         samples_per_epoch: Samples of one pass.
@@ -114,30 +99,21 @@ class Loader:
         fingerprint: Hash of the data and of every option that changes what a sample index means.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        spans: Spans,
-        *,
-        domains: Sequence[DomainRange],
-        options: LoaderOptions,
-        data_fingerprint: str,
-        pad_id: int = 0,
-    ) -> None:
-        self.source, self.spans, self.domains, self.options = source, spans, tuple(domains), options
+    def __init__(self, stream: Stream, options: LoaderOptions) -> None:
+        self.stream, self.options = stream, options
         self.sequence_length = options.sequence_length
-        self._cutter = make_cutter(spans, options.sequence_length, options.boundary)
-        self._pad_id = pad_id
+        self._cutter = make_cutter(stream.spans, options.sequence_length, options.boundary)
+        self._pad_id = (stream.tokenizer and stream.tokenizer.eos_id) or 0
         self.samples_per_epoch = self._cutter.count
         if not self.samples_per_epoch:
             raise DataError(
                 f"{options.path} ({options.split}) is too small for one sample.",
-                got=f"{spans.num_tokens} tokens",
+                got=f"{stream.spans.num_tokens} tokens",
                 expected=f"at least {options.sequence_length + 1}",
             )
         self.num_samples = self.samples_per_epoch * options.epochs if options.epochs else sys.maxsize
-        meaning = (data_fingerprint, options.sequence_length, options.seed, options.boundary, options.split, options.shuffle)
-        self.fingerprint = xxhash.xxh3_128_hexdigest(repr(meaning).encode())
+        order = (options.sequence_length, options.seed, options.boundary, options.split, options.shuffle)
+        self.fingerprint = xxhash.xxh3_128_hexdigest(repr((stream.fingerprint, *order)).encode())
 
     def batch(self, start: int, count: int) -> Batch:
         """Reads samples ``[start, start + count)``.
@@ -148,9 +124,9 @@ class Loader:
         self.require(start + count)
         ids = np.arange(start, start + count)
         first, length = self._cutter.ranges(self.windows(ids))
-        pieces = find_pieces(self.spans, first, length)
+        pieces = find_pieces(self.stream.spans, first, length)
         window = np.full((count, self.sequence_length + 1), self._pad_id, np.int64)
-        copy_pieces(self.source, pieces, window)
+        copy_pieces(self.stream.source, pieces, window)
         self._check_ids(window, pieces)
         mask = np.arange(1, self.sequence_length + 1) < length[:, None]
         positions = segments = None
@@ -184,19 +160,22 @@ class Loader:
     def drawn(self, start: int, stop: int) -> dict[str, int]:
         """Counts the tokens of each domain in samples ``[start, stop)``, computed from the order, not from a log."""
         whole, left = divmod(stop - start, self.samples_per_epoch)
-        totals = np.zeros(len(self.domains), np.int64)
+        totals = np.zeros(len(self.stream.domains), np.int64)
         if whole:
             totals += whole * self._drawn(0, self.samples_per_epoch, shuffled=False)
         if left:
             totals += self._drawn(stop - left, stop, shuffled=True)
-        return {domain.name: int(total) for domain, total in zip(self.domains, totals, strict=True)}
+        names = dict.fromkeys((domain.name for domain in self.stream.domains), 0)
+        for domain, total in zip(self.stream.domains, totals.tolist(), strict=True):
+            names[domain.name] += total
+        return names
 
     def _drawn(self, start: int, stop: int, *, shuffled: bool) -> np.ndarray:
-        totals = np.zeros(len(self.domains), np.int64)
+        totals = np.zeros(len(self.stream.domains), np.int64)
         for begin in range(start, stop, _COUNT_CHUNK):
             ids = np.arange(begin, min(stop, begin + _COUNT_CHUNK))
             first, length = self._cutter.ranges(self.windows(ids) if shuffled else ids)
-            for number, domain in enumerate(self.domains):
+            for number, domain in enumerate(self.stream.domains):
                 inside = np.minimum(first + length - 1, domain.stop) - np.maximum(first, domain.start)
                 totals[number] += np.maximum(inside, 0).sum()
         return totals
@@ -207,25 +186,14 @@ class Loader:
             return
         row, column = (int(part[0]) for part in np.nonzero((window >= limit) | (window < 0)))
         piece = np.flatnonzero((pieces.row == row) & (pieces.begin <= column) & (column < pieces.end))[0]
-        path, offset = self.source.locate(int(pieces.source[piece] + column - pieces.begin[piece]))
+        path, offset = self.stream.source.locate(int(pieces.source[piece] + column - pieces.begin[piece]))
         raise beyond_vocabulary(path, offset, int(window[row, column]), limit)
-
-
-def beyond_vocabulary(path: object, offset: int, token: int, vocab_size: int) -> DataError:
-    """Says that a token id is none of the model's."""
-    return DataError(
-        f"{path} holds a token id beyond the vocabulary at offset {offset}.",
-        got=token,
-        expected=f"an id below {vocab_size}",
-        fix="Tokenize with the tokenizer of the model.",
-    )
 
 
 def _document_ids(pieces: Pieces, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Gives positions within documents, document numbers within the window, and which labels stay in the document."""
-    rows, width = shape
     position, segment = np.empty(shape, np.int64), np.empty(shape, np.int32)
-    run = np.arange(width)
+    run = np.arange(shape[1])
     number, last_row = 0, -1
     for row, begin, end in zip(pieces.row.tolist(), pieces.begin.tolist(), pieces.end.tolist(), strict=True):
         number = number + 1 if row == last_row else 0
@@ -242,7 +210,5 @@ def open_loader(options: LoaderOptions) -> Loader:
         DataError: Files are missing, damaged or changed, the split does not exist, the data is too small, or its
             token ids go beyond ``options.vocab_size``.
     """
-    from megatron_inherit.data.opening import open_data
-
-    source, spans, domains, fingerprint, pad_id = open_data(options)
-    return Loader(source, spans, domains=domains, options=options, data_fingerprint=fingerprint, pad_id=pad_id)
+    stream = open_stream(options.path, options.split, vocab_size=options.vocab_size, verify=options.verify)
+    return Loader(stream, options)

@@ -50,11 +50,12 @@ class KeyedPermutation:
             out[start : start + _CHUNK] = self._map(index[start : start + _CHUNK].astype(np.uint64))
         return out
 
-    def _map(self, index: np.ndarray) -> np.ndarray:
-        index = self._encrypt(index)
+    def _map(self, position: np.ndarray) -> np.ndarray:
+        index: np.ndarray = self._encrypt(position)
         outside = np.flatnonzero(index >= self.size)
         while len(outside):
-            index[outside] = self._encrypt(index[outside])
+            again = self._encrypt(index[outside])
+            index[outside] = again
             outside = outside[index[outside] >= self.size]
         return index
 

@@ -57,8 +57,9 @@ def open_tokenizer(path: str | Path, *, eos: str | None = None, bos: str | None 
     Args:
         path: ``bytes``; a ``tokenizer.json``; a SentencePiece ``.model``; or a folder holding one of these, or GPT-2's
             ``vocab.json`` and ``merges.txt`` (``encoder.json`` and ``vocab.bpe``).
-        eos, bos: The tokens (as written in the vocabulary) that end and begin a document; default: what the folder's
-            configuration says, else the usual names.
+        eos: The token (as written in the vocabulary) that ends a document; default: what the folder's configuration
+            says, else the usual names.
+        bos: The token that begins one; the same default.
 
     Raises:
         DataError: Nothing readable is there, or the vocabulary lacks ``eos`` or ``bos``.
@@ -154,7 +155,9 @@ class HuggingFaceTokenizer:
         self.path = str(file)
         merges = dict(_GPT2_FILES).get(file.name)
         self.kind = "gpt2" if merges else "hf"
-        self._tokenizer = _gpt2(module, file, file.with_name(merges)) if merges else module.Tokenizer.from_file(str(file))
+        self._tokenizer = (
+            _gpt2(module, file, file.with_name(merges)) if merges else module.Tokenizer.from_file(str(file))
+        )
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = True
@@ -221,7 +224,9 @@ def _declared_specials(folder: Path) -> dict[str, str]:
     return found
 
 
-def _find(vocabulary: dict[str, int], asked: str | None, declared: str | None, usual: tuple[str, ...], file: Path) -> int | None:
+def _find(
+    vocabulary: dict[str, int], asked: str | None, declared: str | None, usual: tuple[str, ...], file: Path
+) -> int | None:
     if asked or declared:
         return _named(vocabulary, asked or declared or "", file)
     return next((vocabulary[name] for name in usual if name in vocabulary), None)
