@@ -1,0 +1,257 @@
+"""One self-contained page, and one picture, of a run or a study: what was inherited, how it learned, what it cost."""
+
+from __future__ import annotations
+
+import functools
+import math
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from megatron_inherit import __version__
+from megatron_inherit.base.atomic import write_bytes, write_text
+from megatron_inherit.base.quantities import format_bytes, format_count, format_seconds
+from megatron_inherit.eval import plots
+from megatron_inherit.eval.analysis_charts import Drawing, drawings_of
+from megatron_inherit.eval.layer_map import LayerMap, map_of
+from megatron_inherit.eval.run_facts import Arm, Machine, arms_of, machine_of
+from megatron_inherit.eval.runs import Run, find_runs, read_json
+
+MISSING = "\N{EN DASH}"
+LONG_BUDGETS = (10**9, 50 * 10**9)
+MFU_FORMULAS = {
+    "palm": "6N + 12Lhs FLOPs a token (PaLM; N matrix parameters, L blocks, h width of all heads, s sequence length)",
+    "causal": "6N + 6Lhs FLOPs a token: as PaLM's, with the half of attention that a causal mask computes",
+}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One figure in two shapes, as inline SVG."""
+
+    title: str
+    note: str
+    wide: str
+    narrow: str
+
+
+def write_report(
+    paths: Sequence[Path], *, out: Path, title: str = "", price: float | None = None, analyses: Sequence[Path] = ()
+) -> tuple[Path, Path]:
+    """Writes the page and, beside it under the same name, the picture.
+
+    Args:
+        paths: Run folders and study folders.
+        out: The HTML file.
+        title: Heading; default made of the runs.
+        price: Money for one device-hour, for the cost lines; without it only device-hours are given.
+        analyses: JSON files of ``minherit analyze`` to show too.
+
+    Returns:
+        The HTML and the PNG file.
+
+    Raises:
+        UsageError: A path is neither run nor study.
+        MissingExtraError: matplotlib is not installed.
+    """
+    runs = find_runs(paths)
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    picture = out.with_suffix(".png")
+    write_text(out, render(runs, title=title, price=price, analyses=[read_json(path) for path in analyses]))
+    write_bytes(picture, picture_of(runs))
+    return out, picture
+
+
+def render(
+    runs: Sequence[Run], *, title: str = "", price: float | None = None, analyses: Sequence[Mapping[str, Any]] = ()
+) -> str:
+    """Gives the page's HTML; nothing in it is fetched from elsewhere."""
+    arms = arms_of(runs)
+    maps = _maps(runs)
+    page = {
+        "title": title or _title(runs, maps),
+        "subtitle": f"{len(runs)} runs" if len(runs) > 1 else str(runs[0].path),
+        "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "version": __version__,
+        "arms": arms,
+        "comparable": len({arm.fingerprint for arm in arms if arm.fingerprint}) <= 1,
+        "baseline": next((arm.label for arm in arms if arm.is_baseline), None),
+        "show_blocks": _differs([arm.layers for arm in arms]),
+        "show_parameters": _differs([arm.parameters for arm in arms]),
+        "maps": maps,
+        "charts": [*_loss_charts(runs), *_sweep_chart(arms)],
+        "evaluations": [(run.label, result) for run in runs for result in run.evaluations],
+        "analyses": [_drawn(drawing) for analysis in analyses for drawing in drawings_of(analysis)],
+        "machines": _machines(runs),
+        "formula": MFU_FORMULAS.get(arms[0].mfu_formula, arms[0].mfu_formula),
+        "price": price,
+        "costs": [(budget, _cost(arm, budget, price)) for arm in arms[:1] for budget in LONG_BUDGETS],
+        "commands": [(run.label, *_commands(run)) for run in runs],
+        "recipes": [(run.label, _recipe_text(run)) for run in runs if run.recipe],
+    }
+    return _environment().get_template("report.html.j2").render(page)
+
+
+def picture_of(runs: Sequence[Run]) -> bytes:
+    """Gives a PNG with the curves of the arms and their table."""
+    arms = arms_of(runs)
+    header = ("arm", "start", "final loss", "bits/byte", "tokens", "tokens/s", "wall time")
+    rows = [
+        (
+            arm.label,
+            _number(arm.start_loss, 3),
+            _plus_minus(arm.loss, arm.stderr),
+            _number(arm.bits_per_byte, 3),
+            format_count(arm.tokens),
+            MISSING if arm.tokens_per_second is None else format_count(arm.tokens_per_second),
+            MISSING if arm.seconds is None else format_seconds(arm.seconds),
+        )
+        for arm in arms
+    ]
+    return plots.to_png(plots.curves_and_table(_eval_curves(runs), header, rows))
+
+
+def _differs(values: Sequence[Any]) -> bool:
+    """Tells whether a column is worth its width."""
+    return values[0] is not None if len(values) == 1 else len(set(values)) > 1
+
+
+def _environment() -> jinja2.Environment:
+    source = resources.files("megatron_inherit.eval")
+    loader = jinja2.FunctionLoader(lambda name: (source / name).read_text())
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "count": lambda value: MISSING if value is None else format_count(value),
+        "duration": lambda value: MISSING if value is None else format_seconds(value),
+        "size": format_bytes,
+        "number": _number,
+        "percent": lambda value: MISSING if value is None else f"{100 * value:.1f}%",
+        "signed": lambda value: MISSING if value is None else f"{value:+.3f}".replace("-", "\N{MINUS SIGN}"),
+    }
+    return environment
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    if value is None:
+        return MISSING
+    return f"{value:.{digits}f}" if math.isfinite(value) and abs(value) < 1e5 else f"{value:.2e}"
+
+
+def _plus_minus(value: float | None, error: float | None) -> str:
+    return _number(value) + (f" ± {_number(error)}" if error is not None else "")
+
+
+def _title(runs: Sequence[Run], maps: Sequence[tuple[str, str, LayerMap]]) -> str:
+    if maps:
+        _, teacher, drawing = maps[0]
+        return f"{len(drawing.layers)} of {drawing.teacher_layers} blocks of {teacher}"
+    return runs[0].label if len(runs) == 1 else runs[0].path.resolve().parent.name
+
+
+def _maps(runs: Sequence[Run]) -> list[tuple[str, str, LayerMap]]:
+    """Draws each different inheritance once: label of the first run that has it, teacher's name, picture."""
+    seen: dict[str, tuple[str, str, LayerMap]] = {}
+    for run in runs:
+        found = map_of(run.inheritance)
+        if found is not None:
+            teacher, drawing = found
+            seen.setdefault(repr((teacher, drawing.boxes, drawing.links)), (run.label, teacher, drawing))
+    return list(seen.values())
+
+
+def _eval_curves(runs: Sequence[Run]) -> list[plots.Curve]:
+    return [
+        plots.Curve(
+            run.label,
+            [row["tokens"] for row in run.evals],
+            [row["loss"] for row in run.evals],
+            [row.get("stderr") for row in run.evals],
+        )
+        for run in runs
+        if run.evals
+    ]
+
+
+def _train_curves(runs: Sequence[Run], points: int = 120) -> list[plots.Curve]:
+    """Means of equal stretches of steps, so that noise and length do not fill the page."""
+    curves = []
+    for run in runs:
+        size = max(1, math.ceil(len(run.train) / points))
+        chunks = [run.train[start : start + size] for start in range(0, len(run.train), size)]
+        x = [chunk[-1]["tokens"] for chunk in chunks]
+        y = [math.fsum(row["loss"] for row in chunk) / len(chunk) for chunk in chunks]
+        curves.append(plots.Curve(run.label, x, y))
+    return [curve for curve in curves if curve.x]
+
+
+def _loss_charts(runs: Sequence[Run]) -> list[Chart]:
+    charts = []
+    if curves := _eval_curves(runs):
+        note = "Fixed windows, the same for every arm. Bands: one standard error over the windows."
+        charts.append(_chart("Validation loss", note, plots.loss_curves, curves))
+    if curves := _train_curves(runs):
+        note = "Mean over equal stretches of steps, before each update."
+        charts.append(_chart("Training loss", note, plots.loss_curves, curves, ylabel="training loss (nats)"))
+    return charts
+
+
+def _sweep_chart(arms: Sequence[Arm]) -> list[Chart]:
+    """Final loss against depth, where at least three depths were tried."""
+    groups: dict[str, list[tuple[float, float, float | None]]] = {}
+    for arm in arms:
+        if arm.layers is not None and arm.loss is not None:
+            groups.setdefault(arm.init, []).append((arm.layers, arm.loss, arm.stderr))
+    groups = {name: values for name, values in groups.items() if len({x for x, _, _ in values}) >= 3}
+    if not groups:
+        return []
+    note = "Final validation loss of each depth; bars: one standard error over the windows."
+    return [_chart("Depth", note, plots.points, groups, xlabel="blocks of the student", ylabel="loss (nats)")]
+
+
+def _chart(title: str, note: str, draw: Callable[..., Any], *args: Any, **options: Any) -> Chart:
+    return _drawn(Drawing(title.lower(), title, note, functools.partial(draw, *args, **options)))
+
+
+def _drawn(drawing: Drawing) -> Chart:
+    wide, narrow = (
+        plots.to_svg(drawing.draw(wide=wide), description=f"{drawing.title} ({'wide' if wide else 'narrow'})")
+        for wide in (True, False)
+    )
+    return Chart(drawing.title, drawing.note, wide, narrow)
+
+
+def _machines(runs: Sequence[Run]) -> list[tuple[str, Machine]]:
+    """Each different machine once, with the labels of its runs."""
+    labels: dict[Machine, list[str]] = {}
+    for run in runs:
+        labels.setdefault(machine_of(run), []).append(run.label)
+    return [("all runs" if len(labels) == 1 else ", ".join(names), machine) for machine, names in labels.items()]
+
+
+def _cost(arm: Arm, budget: int, price: float | None) -> tuple[float, float | None] | None:
+    """Device-hours, and money, for a token budget at the arm's measured rate."""
+    if not arm.tokens_per_second:
+        return None
+    hours = budget / arm.tokens_per_second / 3600 * arm.devices
+    return hours, None if price is None else hours * price
+
+
+def _commands(run: Run) -> tuple[str, str]:
+    recipe = shlex.quote(str(run.path / "run.yaml"))
+    again = f"minherit train {recipe}"
+    cluster = f"minherit launch slurm {recipe} --nodes 4 --gpus-per-node 8 --output {shlex.quote(str(run.path))}-slurm"
+    return again, cluster
+
+
+def _recipe_text(run: Run) -> str:
+    path = run.path / "run.yaml"
+    return path.read_text() if path.is_file() else ""

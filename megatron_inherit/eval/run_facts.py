@@ -1,0 +1,131 @@
+"""The figures of a run that tables show, taken from its recipe, environment and metrics, never typed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron_inherit.eval.runs import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One line of the arms' table; None where the run did not record it.
+
+    Attributes:
+        init: How the model began: ``inherited``, ``random`` or ``given weights``.
+        start_loss: Validation loss before the first update, nats.
+        loss, stderr: Final validation loss and its standard error over the windows, nats.
+        gap: ``loss`` less that of the baseline arm on the same windows.
+        tokens_per_second: Median over the run, all devices together.
+        mfu: Share of the peak, or None where the device has no known peak.
+        devices: Processes of the run, one a device.
+        device_hours: Wall time times devices.
+        fingerprint: Of the evaluation windows.
+    """
+
+    label: str
+    init: str
+    layers: int | None
+    parameters: int | None
+    steps: int
+    tokens: int
+    start_loss: float | None
+    loss: float | None
+    stderr: float | None
+    bits_per_byte: float | None
+    perplexity: float | None
+    tokens_per_second: float | None
+    mfu: float | None
+    mfu_formula: str
+    seconds: float | None
+    devices: int
+    fingerprint: str
+    gap: float | None = None
+    is_baseline: bool = False
+
+    @property
+    def device_hours(self) -> float | None:
+        """Wall time times devices, in hours."""
+        return None if self.seconds is None else self.seconds / 3600 * self.devices
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Hardware and versions of a run."""
+
+    rows: tuple[tuple[str, str], ...]
+
+
+def arms_of(runs: Sequence[Run]) -> list[Arm]:
+    """Tabulates runs; gaps are taken to the randomly initialised arm where all share their evaluation windows."""
+    arms = [_arm(run) for run in runs]
+    baseline = next((arm for arm in arms if arm.init == "random" and arm.loss is not None), None)
+    if baseline is None or len(arms) < 2:
+        return arms
+    return [_against(arm, baseline) for arm in arms]
+
+
+def machine_of(run: Run) -> Machine:
+    """Flattens environment.json to named lines; empty values are left out."""
+    return Machine(tuple(_flatten(run.environment)))
+
+
+def _arm(run: Run) -> Arm:
+    final = run.final or {}
+    start = run.evals[0] if run.evals and run.evals[0]["step"] == 0 else {}
+    model = run.recipe.get("model") or {}
+    return Arm(
+        label=run.label,
+        init=_init(run),
+        layers=_find(run.environment, "num_layers") or _find(model, "num_layers"),
+        parameters=_find(run.environment, "parameters"),
+        steps=run.steps,
+        tokens=run.tokens,
+        start_loss=start.get("loss"),
+        loss=final.get("loss"),
+        stderr=final.get("stderr"),
+        bits_per_byte=final.get("bits_per_byte"),
+        perplexity=final.get("perplexity"),
+        tokens_per_second=run.tokens_per_second,
+        mfu=run.mfu if run.mfu is None or run.mfu <= 1 else None,
+        mfu_formula=str(_find(run.environment, "mfu_formula") or "palm"),
+        seconds=run.seconds,
+        devices=int(_find(run.environment, "world_size") or 1),
+        fingerprint=str(final.get("fingerprint", "")),
+    )
+
+
+def _init(run: Run) -> str:
+    if (run.recipe.get("model") or {}).get("init") == "random":
+        return "random"
+    return "inherited" if run.inheritance else "given weights"
+
+
+def _against(arm: Arm, baseline: Arm) -> Arm:
+    same = arm.fingerprint == baseline.fingerprint and arm.loss is not None and baseline.loss is not None
+    gap = arm.loss - baseline.loss if same and arm is not baseline else None  # type: ignore[operator]
+    return dataclasses.replace(arm, gap=gap, is_baseline=arm is baseline)
+
+
+def _find(tree: Any, key: str) -> Any:
+    """Gives the first value under a key at any depth of nested mappings."""
+    if not isinstance(tree, Mapping):
+        return None
+    if tree.get(key) is not None and not isinstance(tree[key], Mapping):
+        return tree[key]
+    return next((found for value in tree.values() if (found := _find(value, key)) is not None), None)
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for key, value in tree.items():
+        name = f"{prefix}{key}".replace("_", " ")
+        if isinstance(value, Mapping):
+            rows += _flatten(value, f"{name}: ")
+        elif isinstance(value, (list, tuple)):
+            rows.append((name, ", ".join(map(str, value))))
+        elif value not in (None, ""):
+            rows.append((name, str(value)))
+    return [row for row in rows if row[1]]

@@ -1,0 +1,89 @@
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+
+pytest.importorskip("matplotlib", reason="needs matplotlib")
+
+from megatron_inherit.cli.main import main
+from tests.support.run_folders import write_run
+
+
+@pytest.fixture
+def study(tmp_path):
+    write_run(tmp_path / "study" / "inherit", final=2.5, start=3.4)
+    write_run(tmp_path / "study" / "random <script>alert(1)</script>", final=3.0, init="random")
+    return tmp_path / "study"
+
+
+def test_the_page_is_whole_escaped_and_needs_nothing_else(study, tmp_path, capsys):
+    out = tmp_path / "page" / "report.html"
+    assert main(["report", str(study), "--out", str(out), "--price", "2.5"]) == 0
+    assert capsys.readouterr().out.splitlines() == [str(out), str(out.with_suffix(".png"))]
+    page = out.read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    links = re.findall(r'(?:src|href)="([^"#][^"]*)"|url\((?!#)([^)]*)\)|@import', page)
+    assert links == []
+    assert "2.500" in page
+    assert "0.500" in page  # the gap to the random arm
+    assert "minherit train " in page
+    assert "minherit launch slurm " in page
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_arms_on_different_windows_are_not_compared(study, tmp_path):
+    write_run(study / "foreign", final=1.0, fingerprint="others")
+    out = tmp_path / "report.html"
+    assert main(["report", str(study), "--out", str(out)]) == 0
+    assert "cannot be compared" in out.read_text()
+
+
+def test_a_sweep_of_depths_is_drawn(tmp_path):
+    for layers, loss in ((2, 3.0), (4, 2.7), (6, 2.6)):
+        write_run(tmp_path / "study" / f"n-{layers}", layers=layers, final=loss)
+    out = tmp_path / "report.html"
+    assert main(["report", str(tmp_path / "study"), "--out", str(out)]) == 0
+    assert "<h2>Depth</h2>" in out.read_text()
+
+
+def test_no_run_is_a_usage_error(tmp_path, capsys):
+    assert main(["report", str(tmp_path)]) == 2
+    assert "neither a run nor a study" in capsys.readouterr().err
+
+
+def browser():
+    found = next(
+        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+    )
+    if found is None and os.environ.get("CI"):
+        pytest.fail("The Debian package chromium is not installed; CI needs it for the screenshot.")
+    return found or pytest.skip("needs a browser: install the Debian package chromium")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_real_browser_shows_the_page_without_sideways_scrolling(study, tmp_path, width):
+    import numpy as np
+    from matplotlib.image import imread
+
+    out, shot = tmp_path / "report.html", tmp_path / "shot.png"
+    assert main(["report", str(study), "--out", str(out)]) == 0
+    probe = "<script>document.title = 'scroll ' + document.documentElement.scrollWidth</script></body>"
+    measured = tmp_path / "measured.html"
+    measured.write_text(out.read_text().replace("</body>", probe))
+    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    command = [browser(), *flags.split(), "--disable-component-update", "--disable-sync", "--hide-scrollbars"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2400"]
+    subprocess.run([*command, f"--screenshot={shot}", f"file://{out}"], check=True, timeout=120, capture_output=True)
+    dom = subprocess.run([*command, "--dump-dom", f"file://{measured}"], check=True, timeout=120, capture_output=True)
+    found = re.search(r"<title>scroll (\d+)</title>", dom.stdout.decode())
+    assert found is not None
+    assert int(found[1]) <= max(width, 500)  # headless Chromium lays no window out narrower than 500 points
+    pixels = imread(shot)[..., :3]
+    assert pixels.shape[1] == width
+    assert 0.02 < np.mean(pixels.min(axis=-1) < 0.9) < 0.6  # drawn on, and mostly paper
+    colourful = np.ptp(pixels, axis=-1) > 0.3
+    assert colourful.sum() > 500  # the curves

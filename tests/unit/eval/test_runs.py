@@ -1,0 +1,73 @@
+import json
+
+import pytest
+
+from megatron_inherit.base.errors import DataError, UsageError
+from megatron_inherit.eval.run_facts import arms_of, machine_of
+from megatron_inherit.eval.runs import find_runs, load_run
+from tests.support.run_folders import write_run
+
+
+def test_a_run_reads_back_with_its_figures(tmp_path):
+    folder = write_run(tmp_path / "a", steps=100, final=2.5, start=6.0)
+    run = load_run(folder)
+    assert (run.label, run.steps, run.tokens) == ("a", 100, 100 * 512)
+    assert run.evals[0]["step"] == 0
+    assert run.final["loss"] == pytest.approx(2.5)
+    assert run.tokens_per_second == pytest.approx(5000)
+    assert run.mfu is None
+
+
+def test_an_unfinished_last_line_is_left_out_and_damage_inside_is_an_error(tmp_path):
+    folder = write_run(tmp_path / "a", steps=10)
+    metrics = folder / "metrics.jsonl"
+    whole = metrics.read_text()
+    metrics.write_text(whole + '{"kind": "train", "st')
+    assert load_run(folder).steps == 10
+    metrics.write_text("{broken\n" + whole)
+    with pytest.raises(DataError, match="Line 1"):
+        load_run(folder)
+
+
+def test_steps_logged_again_after_a_resume_count_once(tmp_path):
+    folder = write_run(tmp_path / "a", steps=10)
+    with (folder / "metrics.jsonl").open("a") as file:
+        for step in (9, 10, 11):
+            file.write(json.dumps({"kind": "train", "step": step, "tokens": step, "loss": 1.0, "seconds": step}) + "\n")
+    run = load_run(folder)
+    assert [row["step"] for row in run.train] == list(range(1, 12))
+    assert run.train[9]["loss"] == 1.0
+
+
+def test_a_study_is_the_runs_below_a_folder(tmp_path):
+    write_run(tmp_path / "study" / "random" / "seed-1", init="random")
+    write_run(tmp_path / "study" / "inherit" / "seed-1")
+    assert [run.label for run in find_runs([tmp_path / "study"])] == ["inherit/seed-1", "random/seed-1"]
+    with pytest.raises(UsageError, match="neither a run nor a study"):
+        find_runs([tmp_path / "nothing"])
+
+
+def test_gaps_are_to_the_random_arm_and_only_on_equal_windows(tmp_path):
+    runs = [
+        load_run(write_run(tmp_path / "inherit", final=2.5)),
+        load_run(write_run(tmp_path / "random", final=3.0, init="random")),
+        load_run(write_run(tmp_path / "other", final=2.0, fingerprint="other windows")),
+    ]
+    inherit, random, other = arms_of(runs)
+    assert inherit.gap == pytest.approx(-0.5)
+    assert random.is_baseline
+    assert random.gap is None
+    assert other.gap is None
+    assert inherit.device_hours == pytest.approx(inherit.seconds / 3600 * 2)
+
+
+def test_a_utilisation_above_the_peak_is_not_shown(tmp_path):
+    run = load_run(write_run(tmp_path / "a", mfu=1.33))
+    assert run.mfu == pytest.approx(1.33)
+    assert arms_of([run])[0].mfu is None
+
+
+def test_the_environment_becomes_named_lines(tmp_path):
+    rows = dict(machine_of(load_run(write_run(tmp_path / "a"))).rows)
+    assert rows["versions: torch"] == "2.13.0"
+    assert rows["world size"] == "2"
