@@ -106,13 +106,6 @@ def check_zero_dtype(config: RunConfig) -> None:
         )
 
 
-def check_split_shares(config: RunConfig) -> None:
-    """The three parts of the documents are all of them."""
-    total = sum(config.data.split_shares)
-    if abs(total - 1) > 1e-6:
-        raise ConfigError("data.split_shares: the shares do not add up to 1.", got=total)
-
-
 def check_kept(config: RunConfig) -> None:
     """Checkpoints that are kept for ever are among those that are saved."""
     checkpoint = config.checkpoint
@@ -131,6 +124,5 @@ CHECKS: tuple[Callable[[RunConfig], None], ...] = (
     check_schedule,
     check_zero_and_pipeline,
     check_zero_dtype,
-    check_split_shares,
     check_kept,
 )

@@ -31,7 +31,7 @@ def _count(value: Any) -> Any:
 
 
 def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str | dict) else value
+    return [value] if isinstance(value, str) else value
 
 
 Text = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f]+$")]
@@ -71,56 +71,35 @@ class ModelSection(Section):
         preset: Name of ``arch.presets``, instead of ``path``.
         shape: Fields of ModelConfig that replace the preset's.
         init: ``weights`` takes the folder's, ``random`` draws new ones in its shape.
-        tokenizer: Folder whose tokenizer files the checkpoints carry; default: the model's, then the data's.
     """
 
     path: Text | None = None
     preset: Text | None = None
     shape: dict[str, int | float | bool] = Field(default_factory=dict)
     init: Literal["weights", "random"] = "weights"
-    tokenizer: Text | None = None
-
-
-class DataSource(Section):
-    """A tokenized data set, and its share of the mixture.
-
-    Attributes:
-        path: Prefix of the ``.bin`` and ``.idx`` files.
-        weight: Relative share of the samples.
-    """
-
-    path: Text
-    weight: Rate = 1.0
-
-
-def _source(value: Any) -> Any:
-    return {"path": value} if isinstance(value, str) else value
 
 
 class DataSection(Section):
     """What the model is trained on.
 
     Attributes:
-        train: One prefix, a list of prefixes, or a list of {path, weight}.
-        split: Which part of the documents: ``train``, ``validation``, ``test`` or ``all``.
-        split_shares: Shares of the documents of the three parts.
-        budget: Unique tokens to take at random, ``1B`` for instance; the smaller subset lies within the larger.
+        path: Folder of a subset or of tokens, or prefix of a Megatron ``.bin/.idx`` pair.
+        split: ``train``, ``valid`` or ``test`` of a subset; ``all`` for tokens that have no splits.
+        epochs: Passes over the data, each in an order of its own; a run that needs more is refused. 0: no limit.
         seed: Of the sample order; default ``run.seed``.
-        shuffle: Draws the documents of every epoch in a new order.
-        isolate_documents: Attention does not cross documents and positions restart with each.
-        mask_separator: The loss leaves out predictions of the first token after a document's end.
+        shuffle: False gives the samples in stored order.
+        boundary: Documents in one sample see each other (``packed``), are kept apart by attention and positions
+            (``reset``), or never share one (``none``).
+        verify: ``quick`` compares sizes and times, ``full`` hashes all files first.
     """
 
-    train: Annotated[
-        tuple[Annotated[DataSource, BeforeValidator(_source)], ...], BeforeValidator(_listed), Field(min_length=1)
-    ]
-    split: Literal["train", "validation", "test", "all"] = "all"
-    split_shares: tuple[Real, Real, Real] = (0.98, 0.01, 0.01)
-    budget: Positive | None = None
+    path: Text
+    split: Literal["train", "valid", "test", "all"] = "train"
+    epochs: Count = 1
     seed: Count | None = None
     shuffle: bool = True
-    isolate_documents: bool = False
-    mask_separator: bool = False
+    boundary: Literal["packed", "reset", "none"] = "packed"
+    verify: Literal["quick", "full"] = "quick"
 
 
 class BatchRamp(Section):
