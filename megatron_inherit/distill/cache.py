@@ -1,0 +1,202 @@
+"""Cached targets of a teacher: for each token of each sample the k most probable next tokens, in hashed shards.
+
+The rest of the probability is not stored; the loss holds it as one ghost token. A cache belongs to one teacher, one
+data order and one temperature, and the manifest says which.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from megatron_inherit.base import atomic
+from megatron_inherit.base.errors import DataError
+
+if TYPE_CHECKING:
+    from megatron_inherit.data.loader import Batch
+
+MANIFEST = "manifest.json"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class CacheKey:
+    """What the targets depend on; all of it must be equal when they are used.
+
+    Attributes:
+        teacher: Fingerprint of the teacher's checkpoint.
+        tokenizer: Fingerprint of the tokenizer, or empty where the data has none.
+        data: The loader's fingerprint: data, seed and options, hence the order.
+        temperature: Divides the teacher's logits.
+        sequence_length: Tokens of a sample.
+        vocab_size: Of the teacher.
+    """
+
+    teacher: str
+    tokenizer: str
+    data: str
+    temperature: float
+    sequence_length: int
+    vocab_size: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A cache folder's manifest.
+
+    Attributes:
+        key: What the targets depend on.
+        top_k: Stored entries a token.
+        num_samples: Samples [0, num_samples) when complete.
+        shard_samples: Samples of a shard.
+        shards: xxh3 of each finished shard, in order.
+    """
+
+    key: CacheKey
+    top_k: int
+    num_samples: int
+    shard_samples: int
+    shards: tuple[str, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        """Tells whether all shards are there."""
+        return len(self.shards) == -(-self.num_samples // self.shard_samples)
+
+    def save(self, folder: Path) -> None:
+        """Writes the manifest in one step."""
+        atomic.write_json(folder / MANIFEST, {"version": VERSION, **dataclasses.asdict(self)})
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Reads a folder's manifest.
+
+        Raises:
+            DataError: There is none, or it is of another version.
+        """
+        path = Path(folder) / MANIFEST
+        if not path.is_file():
+            raise DataError(f"{folder} holds no cached targets.", fix="Make them with: minherit share cache.")
+        value: dict[str, Any] = json.loads(path.read_text())
+        if value.pop("version", None) != VERSION:
+            raise DataError(f"{path} is of another version.", fix="Make the cache again.")
+        return cls(**(value | {"key": CacheKey(**value["key"]), "shards": tuple(value["shards"])}))
+
+
+def shard_path(folder: Path, index: int) -> Path:
+    """Names a shard's file."""
+    return Path(folder) / f"targets-{index:06d}.safetensors"
+
+
+Targets = tuple[np.ndarray, np.ndarray]
+"""ids int [samples, sequence, k] and log-probabilities float [samples, sequence, k], most probable first."""
+
+
+def write_cache(
+    folder: Path, wanted: Manifest, batch: Callable[[int, int], Batch], predict: Callable[[Batch], Targets]
+) -> Iterator[int]:
+    """Writes the missing shards one by one and yields the number of samples done after each.
+
+    Args:
+        folder: Output; a cache of the same key that was interrupted is continued.
+        wanted: Key and sizes.
+        batch: The loader's ``batch(start, count)``.
+        predict: Gives the teacher's targets of a batch.
+
+    Raises:
+        DataError: The folder holds another cache.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = dataclasses.replace(wanted, shards=())
+    if (folder / MANIFEST).exists():
+        manifest = Manifest.load(folder)
+        _require_equal(dataclasses.replace(manifest, shards=()), dataclasses.replace(wanted, shards=()), folder)
+    while not manifest.complete:
+        index = len(manifest.shards)
+        start = index * wanted.shard_samples
+        count = min(wanted.shard_samples, wanted.num_samples - start)
+        digest = _write_shard(shard_path(folder, index), predict(batch(start, count)), wanted.key.vocab_size)
+        manifest = dataclasses.replace(manifest, shards=(*manifest.shards, digest))
+        manifest.save(folder)
+        yield start + count
+
+
+def _write_shard(path: Path, targets: Targets, vocab_size: int) -> str:
+    import xxhash
+    from safetensors.numpy import save
+
+    ids, log_probs = targets
+    narrow = np.uint16 if vocab_size <= 1 << 16 else np.int32
+    data = save({"ids": ids.astype(narrow), "log_probs": log_probs.astype(np.float16)})
+    atomic.write_bytes(path, data)
+    return xxhash.xxh3_64_hexdigest(data)
+
+
+def _require_equal(got: Manifest, wanted: Manifest, folder: Path) -> None:
+    pairs = {**dataclasses.asdict(wanted), **dataclasses.asdict(wanted.key)}
+    found = {**dataclasses.asdict(got), **dataclasses.asdict(got.key)}
+    for name, value in pairs.items():
+        if name != "key" and found[name] != value:
+            raise DataError(
+                f"The cached targets in {folder} belong to another {name.replace('_', ' ')}.",
+                got=found[name],
+                expected=value,
+                fix="Use the teacher, data and temperature they were made with, or make them again.",
+            )
+
+
+class CachedTargets:
+    """Reads targets by global sample index; each shard's hash is checked when it is first opened.
+
+    Args:
+        folder: A complete cache.
+        key: What this run has; must equal the cache's.
+
+    Raises:
+        DataError: The cache is incomplete or damaged, or is of another teacher, tokenizer, data order or temperature.
+    """
+
+    def __init__(self, folder: Path, key: CacheKey) -> None:
+        self.folder, self.manifest = Path(folder), Manifest.load(folder)
+        _require_equal(self.manifest, dataclasses.replace(self.manifest, key=key), self.folder)
+        if not self.manifest.complete:
+            raise DataError(
+                f"The cached targets in {folder} are not complete.",
+                got=f"{len(self.manifest.shards)} shards",
+                fix="Run the same 'minherit share cache' again: it goes on where it stopped.",
+            )
+        self._open: dict[int, dict[str, np.ndarray]] = {}
+
+    def read(self, sample_ids: np.ndarray) -> Targets:
+        """Gives ids int64 and log-probabilities float32, both [samples, sequence, k]."""
+        beyond = sample_ids[(sample_ids < 0) | (sample_ids >= self.manifest.num_samples)]
+        if len(beyond):
+            raise DataError(
+                f"The cached targets end at sample {self.manifest.num_samples}.",
+                got=f"sample {int(beyond[0])}",
+                fix="Cache as many samples as the run takes, or shorten the run.",
+            )
+        rows = [divmod(int(index), self.manifest.shard_samples) for index in sample_ids]
+        ids = np.stack([self._shard(shard)["ids"][row] for shard, row in rows]).astype(np.int64)
+        return ids, np.stack([self._shard(shard)["log_probs"][row] for shard, row in rows]).astype(np.float32)
+
+    def _shard(self, index: int) -> dict[str, np.ndarray]:
+        if index not in self._open:
+            import xxhash
+            from safetensors.numpy import load
+
+            path = shard_path(self.folder, index)
+            data = path.read_bytes() if path.is_file() else b""
+            if xxhash.xxh3_64_hexdigest(data) != self.manifest.shards[index]:
+                raise DataError(f"{path} is missing or damaged.", fix="Remove it and its later shards, cache again.")
+            while len(self._open) >= 2:
+                self._open.pop(next(iter(self._open)))
+            self._open[index] = load(data)
+        return self._open[index]
