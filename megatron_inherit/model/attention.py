@@ -1,7 +1,6 @@
 """Causal self-attention by torch's scaled_dot_product_attention, at any tensor and context parallel size.
 
-The packed projection of one rank is its query rows, then its key rows, then its value rows, so that every canonical
-tensor is one contiguous block of it.
+The packed projection is Megatron's: for each key/value group its query heads, its key, its value.
 """
 
 from __future__ import annotations
@@ -20,11 +19,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megatron_inherit.base.errors import ConfigError
 from megatron_inherit.base.log import get_logger
+from megatron_inherit.kernels.dispatch import rope, rope_qkv
 from megatron_inherit.model.norm import Norm
 
 _log = get_logger(__name__)
 
 Tables = tuple[torch.Tensor, torch.Tensor]
+"""Cosine and sine, float32 [sequence, rotated / 2] or [sequence, batch, rotated / 2]."""
 
 
 def context_order(length: int, size: int, rank: int) -> torch.Tensor:
@@ -93,52 +94,42 @@ def _cuda_backend(
     )
 
 
-def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, mask: torch.Tensor | None, scale: float
-) -> torch.Tensor:
-    """Computes softmax(q k^T x scale) v, causal unless a mask is given.
+def padded_head(head_dim: int, device: torch.device) -> int:
+    """Gives the head size that the fused kernels of a device take: on CUDA the next multiple of 8.
 
-    On CUDA, heads whose size is no multiple of 8 are padded with zeros, which changes no product, so that a fused
-    kernel takes them.
+    The zeros that fill it change no product as long as the scale stays that of the true size.
+    """
+    return head_dim + -head_dim % 8 if device.type == "cuda" else head_dim
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, mask: torch.Tensor | None, head_dim: int
+) -> torch.Tensor:
+    """Computes softmax(q k^T / sqrt(head_dim)) v, causal unless a mask is given.
 
     Args:
-        q: [batch, heads, q length, head size].
-        k: [batch, groups, k length, head size]; heads is a multiple of groups.
+        q: [batch, heads, q length, padded head size].
+        k: [batch, groups, k length, padded head size]; heads is a multiple of groups.
         v: As k.
         mask: bool [batch or 1, 1, q length, k length], True where a query may see a key, or None.
-        scale: Of the products, before any padding.
+        head_dim: Size of a head without padding.
 
     Returns:
         [batch, heads, q length, head size].
     """
-    head_dim, gqa = q.size(-1), q.size(1) != k.size(1)
+    gqa, scale = q.size(1) != k.size(1), head_dim**-0.5
     if not q.is_cuda:
-        _announce("CPU", head_dim, head_dim, q.dtype)
-        return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=gqa)
-    padding = -head_dim % 8
-    if padding:
-        q, k, v = (F.pad(x, (0, padding)) for x in (q, k, v))
+        _announce("CPU", head_dim, q.size(-1), q.dtype)
+        out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=gqa)
+        return out[..., :head_dim]
     if gqa and mask is not None:  # the fused kernels with a mask know no groups
         k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
         gqa = False
     backend = _cuda_backend(q, k, v, mask, gqa)
-    _announce(backend.name, head_dim, head_dim + padding, q.dtype)
+    _announce(backend.name, head_dim, q.size(-1), q.dtype)
     with sdpa_kernel(backend):
         out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=gqa)
     return out[..., :head_dim]
-
-
-def rotate(x: torch.Tensor, tables: Tables) -> torch.Tensor:
-    """Turns the first dimensions of each head by their position, halves paired as in Hugging Face's LLaMA.
-
-    Args:
-        x: [sequence, batch, heads, head size].
-        tables: Cosine and sine [sequence, batch or 1, 1, rotated / 2].
-    """
-    cos, sin = (table.to(x.dtype) for table in tables)
-    half = cos.size(-1)
-    low, high, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat([low * cos - high * sin, high * cos + low * sin, rest], dim=-1)
 
 
 class Attention(MegatronModule):
@@ -149,7 +140,6 @@ class Attention(MegatronModule):
         size = pg_collection.tp.size()
         self.heads, self.groups = config.num_attention_heads // size, config.num_query_groups // size
         self.head_dim = config.kv_channels
-        self.scale = self.head_dim**-0.5
         self.cp_group = pg_collection.cp
         width = config.num_attention_heads * self.head_dim
         shared: dict[str, Any] = {"config": config, "skip_bias_add": False, "tp_group": pg_collection.tp}
@@ -178,18 +168,21 @@ class Attention(MegatronModule):
     def queries_keys_values(
         self, hidden: torch.Tensor, tables: Tables | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Projects [sequence, batch, hidden] to three tensors [sequence, batch, heads or groups, head size]."""
+        """Projects [sequence, batch, hidden] to three tensors [sequence, batch, heads or groups, padded head size]."""
         packed, _ = self.linear_qkv(hidden)
-        packed = packed.view(*packed.shape[:2], self.heads + 2 * self.groups, self.head_dim)
-        turned = self.heads + self.groups
-        if self.q_layernorm is None or self.k_layernorm is None:
-            q_and_k = packed[:, :, :turned]
-        else:
-            q, k = packed[:, :, : self.heads], packed[:, :, self.heads : turned]
-            q_and_k = torch.cat([self.q_layernorm(q), self.k_layernorm(k)], dim=2)
+        padded = padded_head(self.head_dim, hidden.device)
+        if tables is not None and self.q_layernorm is None:
+            sizes = {"num_heads": self.heads, "num_kv_heads": self.groups, "head_dim": self.head_dim}
+            return rope_qkv(packed, *tables, **sizes, pad_to=padded)
+        grouped = packed.view(*packed.shape[:2], self.groups, self.heads // self.groups + 2, self.head_dim)
+        q, k, v = grouped[..., :-2, :].flatten(2, 3), grouped[..., -2, :], grouped[..., -1, :]
+        if self.q_layernorm is not None and self.k_layernorm is not None:
+            q, k = self.q_layernorm(q), self.k_layernorm(k)
         if tables is not None:
-            q_and_k = rotate(q_and_k, tables)
-        return q_and_k[:, :, : self.heads], q_and_k[:, :, self.heads :], packed[:, :, turned:]
+            q, k = rope(q, *tables), rope(k, *tables)
+        if padded > self.head_dim:
+            q, k, v = (F.pad(x, (0, padded - self.head_dim)) for x in (q, k, v))
+        return q, k, v
 
     def forward(self, hidden: torch.Tensor, mask: torch.Tensor | None, tables: Tables | None) -> torch.Tensor:
         """Maps [sequence, batch, hidden] to the same shape."""
@@ -198,6 +191,6 @@ class Attention(MegatronModule):
             k = gather_from_sequence_parallel_region(k.contiguous(), group=self.cp_group)
             v = gather_from_sequence_parallel_region(v.contiguous(), group=self.cp_group)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
-        out = attend(q, k, v, mask=mask, scale=self.scale)
+        out = attend(q, k, v, mask=mask, head_dim=self.head_dim)
         out = out.permute(2, 0, 1, 3).reshape(out.size(2), out.size(0), self.heads * self.head_dim)
         return self.linear_proj(out)[0]

@@ -7,9 +7,10 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
 from megatron_inherit.arch.model_config import ModelConfig
+from megatron_inherit.kernels.dispatch import linear_cross_entropy
 from megatron_inherit.model.attention import Tables, attention_mask, context_order
 from megatron_inherit.model.rope import Rotary
 
@@ -109,10 +110,8 @@ class LanguageModel(GPTModel):
         cos, sin = self.rotary.tables(length, device)
         if positions is not None:
             local = positions if mine is None else positions[:, mine]
-            return cos[local.T].unsqueeze(2), sin[local.T].unsqueeze(2)
-        if mine is not None:
-            cos, sin = cos[mine], sin[mine]
-        return cos[:, None, None], sin[:, None, None]
+            return cos[local.T], sin[local.T]
+        return (cos, sin) if mine is None else (cos[mine], sin[mine])
 
     def head_weight(self) -> torch.Tensor:
         """Gives this rank's rows of the head, the embedding's where they are tied, padding rows included."""
@@ -136,14 +135,16 @@ class LanguageModel(GPTModel):
         """Gives the next-token loss of this rank's tokens, see ``forward``; whole logits never exist on one rank."""
         mine = self.local_order(labels.size(1), labels.device)
         labels = labels if mine is None else labels[:, mine]
-        if self.tp_size > 1:
-            counted = labels != IGNORED
-            logits = self.logits(hidden).transpose(0, 1).float()
-            losses = vocab_parallel_cross_entropy(logits, labels.clamp(min=0).T.contiguous())
-            losses = losses.T * counted
-            return losses.sum() if reduction == "sum" else losses
-        weight = self.head_weight()[: self.model.vocab_size]
-        flat = F.cross_entropy(
-            (hidden.flatten(0, 1) @ weight.T).float(), labels.T.flatten(), reduction=reduction, ignore_index=IGNORED
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, group=self.tp_group)
+        losses = linear_cross_entropy(
+            hidden,
+            self.head_weight(),
+            labels.T,
+            ignore_index=IGNORED,
+            vocab_size=self.model.vocab_size,
+            vocab_start=self.pg_collection.tp.rank() * (self.vocab_size // self.tp_size),
+            tp_group=self.tp_group if self.tp_size > 1 else None,
+            reduce_hidden_grad=not self.config.sequence_parallel,
         )
-        return flat if reduction == "sum" else flat.view(labels.size(1), labels.size(0)).T
+        return losses.sum() if reduction == "sum" else losses.T

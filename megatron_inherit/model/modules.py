@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
@@ -13,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import BaseTransformerLayer, get_transformer_layer_offset
 from torch.utils.checkpoint import checkpoint
 
+from megatron_inherit.kernels.dispatch import gelu_tanh, swiglu
 from megatron_inherit.model.attention import Attention, Tables
 from megatron_inherit.model.norm import Norm
 
@@ -48,12 +48,7 @@ class Mlp(MegatronModule):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Maps [sequence, batch, hidden] to the same shape."""
         inner, _ = self.linear_fc1(hidden)
-        if self.gated:
-            gate, up = inner.chunk(2, dim=-1)
-            inner = F.silu(gate) * up
-        else:
-            inner = F.gelu(inner, approximate="tanh")
-        return self.linear_fc2(inner)[0]
+        return self.linear_fc2(swiglu(inner) if self.gated else gelu_tanh(inner))[0]
 
 
 class Layer(MegatronModule, BaseTransformerLayer):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_inherit.kernels.dispatch import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
 
 class Norm(torch.nn.Module):
@@ -33,10 +34,11 @@ class Norm(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Gives a tensor of the same shape."""
         if self.rms:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+            return rms_norm(x, self.weight, self.eps)
+        return layer_norm(x, self.weight, self.bias, self.eps)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Gives the norm of ``x + residual`` and the sum itself."""
-        total = x + residual
-        return self(total), total
+        if self.rms:
+            return add_rms_norm(x, residual, self.weight, self.eps)
+        return add_layer_norm(x, residual, self.weight, self.bias, self.eps)

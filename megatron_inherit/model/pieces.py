@@ -1,7 +1,7 @@
 """Which canonical tensors a parameter of the model holds, and where: the table behind loading, saving and resharding.
 
-A parameter of one rank is a concatenation of boxes of canonical tensors, each contiguous in it: rows of q, then of k,
-then of v; rows of gate, then of up; an embedding's rows, then padding.
+A parameter of one rank is a concatenation of boxes of canonical tensors, each contiguous in it: for each key/value
+group the rows of its queries, its key, its value; rows of gate, then of up; an embedding's rows, then padding.
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ _OUTER_TABLE: dict[str, str] = {
     "decoder.final_layernorm": "final_norm",
     "output_layer": "head",
 }
+
+
+Box = tuple[TensorSpec, tuple[int, ...], tuple[int, ...]]
+"""A canonical tensor, the start of a box in it and the box's shape."""
 
 
 @dataclass(frozen=True)
@@ -84,12 +88,23 @@ def pieces_of(chunk: LanguageModel) -> dict[str, list[Piece]]:
     for parameter, _ in chunk.named_parameters():
         offset, found[parameter] = 0, []
         tied = parameter.startswith("output_layer.") and chunk.model.tied
-        for name in canonical_names(chunk, parameter):
-            spec = table[name]
-            start, shape = _box(spec, size, rank, chunk.vocab_size)
+        specs = [table[name] for name in canonical_names(chunk, parameter)]
+        boxes = [(spec, *_box(spec, size, rank, chunk.vocab_size)) for spec in specs]
+        for spec, start, shape in _by_group(boxes, chunk.model.num_kv_heads // size) if _packed(parameter) else boxes:
             found[parameter].append(Piece(parameter, spec, start, shape, offset, spec.split == "none", tied))
             offset += prod(shape)
     return found
+
+
+def _packed(parameter: str) -> bool:
+    return ".linear_qkv." in parameter
+
+
+def _by_group(boxes: list[Box], groups: int) -> Iterator[Box]:
+    for group in range(groups):
+        for spec, start, shape in boxes:
+            rows = shape[0] // groups
+            yield spec, (start[0] + group * rows, *start[1:]), (rows, *shape[1:])
 
 
 def local_numel(pieces: list[Piece], chunk: LanguageModel) -> int:
