@@ -76,12 +76,14 @@ class Topology:
     Attributes:
         rank, world_size: Of all processes.
         data_rank, data_size: Of the replicas that get different samples; equal on all ranks of one model replica.
+        model_rank: Which part of the model this rank holds; ranks of equal ``model_rank`` must hold equal weights.
     """
 
     rank: int
     world_size: int
     data_rank: int
     data_size: int
+    model_rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,10 @@ class Engine(Protocol):
         ...
 
     def parts(self) -> Iterator[Part]:
-        """Yields this rank's share of the weights and optimizer state; all ranks together cover each element once."""
+        """Yields this rank's share of the weights and optimizer state; all ranks together cover each element once.
+
+        Kinds: ``weight`` always; ``fp32`` in bf16 training only; the moments once an update was applied.
+        """
         ...
 
     def step_count(self) -> int:
@@ -157,7 +162,10 @@ class Engine(Protocol):
         ...
 
     def restore(self, read: ReadPart, *, step_count: int) -> None:
-        """Sets weights and optimizer state from a stored state, whatever layout wrote it."""
+        """Sets weights and optimizer state from a stored state, whatever layout or engine wrote it.
+
+        Reads ``fp32`` where it is stored, else ``weight``; reads the moments unless ``step_count`` is 0.
+        """
         ...
 
     def reduce_sum(self, values: Sequence[float]) -> list[float]:
@@ -168,8 +176,15 @@ class Engine(Protocol):
         """Tells whether the flag is set on any rank."""
         ...
 
+    def gather_text(self, text: str) -> list[str]:
+        """Gives every rank's text on every rank, in order of ranks."""
+        ...
+
     def weight_hash(self) -> str:
-        """Hashes this rank's weights; equal on replicas that must hold equal weights."""
+        """Hashes this rank's weights; equal on ranks of equal ``topology.model_rank``.
+
+        Under ZeRO-3 no rank holds whole weights, so that there is nothing to compare: a constant comes back.
+        """
         ...
 
     def barrier(self) -> None:

@@ -74,7 +74,7 @@ def _check_sizes(options: EngineOptions, config: ModelConfig, world_size: int) -
     ranks = options.tp * options.pp * options.cp
     if world_size % ranks:
         raise ConfigError(
-            f"{world_size} processes do not split into replicas of tp {options.tp} x pp {options.pp} x cp {options.cp}.",
+            f"{world_size} processes do not split into replicas of tp {options.tp}, pp {options.pp}, cp {options.cp}.",
             expected=f"a multiple of {ranks} processes",
         )
     for what, count in (

@@ -1,0 +1,45 @@
+"""What ranks tell each other outside the model: sums, flags, texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+import xxhash
+
+
+def sum_over(values: Sequence[float], group: dist.ProcessGroup | None, device: torch.device) -> list[float]:
+    """Adds values over a group (None: all ranks) in float64."""
+    total = torch.tensor(list(values), dtype=torch.float64, device=device)
+    dist.all_reduce(total, group=group)
+    return total.tolist()
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Tells whether the flag is set on any rank."""
+    value = torch.tensor([int(flag)], dtype=torch.int32, device=device)
+    dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def gather_text(text: str, device: torch.device) -> list[str]:
+    """Gives every rank's text on every rank; bytes travel, never a pickle."""
+    data = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8).to(device)
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([data.numel()], dtype=torch.int64, device=device))
+    longest = max(int(size.item()) for size in sizes)
+    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+    padded[: data.numel()] = data
+    texts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(texts, padded)
+    raw = [bytes(t[: int(size.item())].cpu().numpy()) for t, size in zip(texts, sizes, strict=True)]
+    return ["" if one == b"\0" else one.decode() for one in raw]
+
+
+def hash_tensors(tensors: Sequence[torch.Tensor]) -> str:
+    """Hashes the bytes of tensors in order: xxh3 with 128 bits, hexadecimal."""
+    digest = xxhash.xxh3_128()
+    for tensor in tensors:
+        digest.update(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
