@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,4 +46,5 @@ def equal_micro_batches(batch: Batch, size: int, multiple: int) -> list[Batch]:
 
 def _take(batch: Batch, order: np.ndarray) -> Batch:
     fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-    return Batch(**{name: None if value is None else value[order] for name, value in fields.items()})
+    taken: dict[str, Any] = {name: None if value is None else value[order] for name, value in fields.items()}
+    return Batch(**taken)

@@ -41,5 +41,5 @@ def hash_tensors(tensors: Sequence[torch.Tensor]) -> str:
     """Hashes the bytes of tensors in order: xxh3 with 128 bits, hexadecimal."""
     digest = xxhash.xxh3_128()
     for tensor in tensors:
-        digest.update(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

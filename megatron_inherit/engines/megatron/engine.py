@@ -117,6 +117,7 @@ class MegatronEngine:
             for wrapped in self.wrapped:
                 wrapped.train()
                 wrapped.zero_grad_buffer()
+            self.stepper.optimizer.zero_grad()
             kept = self._run(micro_batches, "sum", 1.0 / max(tokens, 1), backward=True)
             norm, finite = self.stepper.step(lr)
         counts = self.is_last and self.groups.tp.rank() == 0
