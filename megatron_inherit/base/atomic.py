@@ -75,7 +75,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         fsync_tree(temporary)
-        _put_in_place(temporary, path)
+        put_in_place(temporary, path)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError):
@@ -83,7 +83,8 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise
 
 
-def _put_in_place(temporary: Path, path: Path) -> None:
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Renames a finished folder to its final name; an older folder of that name is removed afterwards."""
     retired = None
     if path.exists():
         retired = path.with_name(f"{path.name}{TEMPORARY_MARK}old-{uuid.uuid4().hex[:8]}")

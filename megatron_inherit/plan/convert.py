@@ -1,0 +1,111 @@
+"""The planner of ``minherit convert``, and the pieces that all planners share: everything is copied, nothing chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_inherit.arch.model_config import ModelConfig
+from megatron_inherit.arch.tensors import enumerate_tensors
+from megatron_inherit.base.errors import PlanError
+from megatron_inherit.checkpoint.formats.hf_config import student_config, write_config
+from megatron_inherit.checkpoint.stream import Source, StoredTensor
+from megatron_inherit.plan.ops import Copy
+from megatron_inherit.plan.plan import Layout, Origin, TransferPlan
+
+
+def plan_conversion(
+    source: Source, *, layout: Layout | None = None, dtype: str | None = None, optimizer: bool = False
+) -> TransferPlan:
+    """Plans the same model in another format, layout or type.
+
+    Args:
+        source: The opened checkpoint.
+        layout: Format and layout of the output; default a Hugging Face folder.
+        dtype: Type of all weights, safetensors name; default each tensor's own.
+        optimizer: Takes fp32 weights and moments along.
+
+    Raises:
+        PlanError: Optimizer state is asked for and the checkpoint has none.
+    """
+    layout = layout or Layout()
+    ops = [copy_op(spec.name, spec.name, source, dtype) for spec in enumerate_tensors(source.config)]
+    if optimizer:
+        ops += optimizer_ops({op.target: op.source for op in ops}, source)
+    return TransferPlan(
+        title=f"{source.path} ({source.format}) as {layout.format}",
+        config=source.config,
+        layout=layout,
+        ops=tuple(ops),
+        origin=origin_of(source, optimizer=optimizer),
+        layer_map=tuple(range(source.config.num_layers)),
+        hf_config=output_config(source, source.config, range(source.config.num_layers), ops[0].dtype),
+    ).check()
+
+
+def copy_op(target: str, name: str, source: Source, dtype: str | None, key: str = "") -> Copy:
+    """Makes the operation that copies a tensor of a source.
+
+    Args:
+        target: Canonical name in the output.
+        name: Canonical name in the source.
+        source: The checkpoint.
+        dtype: Type of the target; default that of the tensor.
+        key: Kind of optimizer state, or empty for a weight.
+    """
+    prefix = f"{key}:" if key else ""
+    stored = source.find(prefix + name)
+    return Copy(
+        target=prefix + target,
+        shape=stored.shape,
+        dtype=dtype or stored.dtype,
+        source=prefix + name,
+        source_dtype=stored.dtype,
+        decoded=_decoded(stored),
+    )
+
+
+def optimizer_ops(sources: Mapping[str, str], source: Source) -> list[Copy]:
+    """Copies the optimizer state of tensors that are copied.
+
+    Args:
+        sources: The source's tensor of each target.
+        source: The checkpoint.
+
+    Raises:
+        PlanError: The source has no optimizer state.
+    """
+    kinds = sorted({key.partition(":")[0] for key in source.optimizer})
+    if not kinds:
+        raise PlanError(
+            f"{source.path} ({source.format}) has no optimizer state that can be taken along.",
+            fix="Leave --optimizer keep out, or give a DeepSpeed or Megatron checkpoint that has it.",
+        )
+    return [copy_op(target, name, source, None, kind) for target, name in sources.items() for kind in kinds]
+
+
+def origin_of(source: Source, *, optimizer: bool = False) -> Origin:
+    """Describes a source for a plan."""
+    tensors = dict(source.tensors) | (dict(source.optimizer) if optimizer else {})
+    return Origin(
+        path=source.path,
+        format=source.format,
+        config=source.config,
+        identity=dict(source.identity),
+        licence=source.licence,
+        tensors={name: stored.shape for name, stored in tensors.items()},
+    )
+
+
+def output_config(source: Source, config: ModelConfig, layers: Any, dtype: str) -> dict[str, Any]:
+    """Gives the ``config.json`` of an output: the source's own, rewritten for depth and type, or a new one."""
+    if source.hf_config is None:
+        return write_config(config, dtype)
+    return student_config(source.hf_config, config, list(layers), dtype)
+
+
+def _decoded(stored: StoredTensor) -> str:
+    if stored.decode is None:
+        return ""
+    arguments = ", ".join(f"{key} {value}" for key, value in stored.decode.arguments.items())
+    return f"{stored.decode.name} {arguments}".strip()

@@ -1,0 +1,84 @@
+"""The named pure functions a plan may ask for: arrays in, one array out, the same result for the same input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from megatron_inherit.base.errors import PlanError
+
+if TYPE_CHECKING:
+    import numpy
+
+Function = Callable[..., "numpy.ndarray"]
+
+
+def scale(tensors: Sequence[numpy.ndarray], *, factor: float) -> numpy.ndarray:
+    """Multiplies a tensor by a number."""
+    return tensors[0] * factor
+
+
+def mean(tensors: Sequence[numpy.ndarray]) -> numpy.ndarray:
+    """Averages tensors of one shape."""
+    total = tensors[0].copy()
+    for tensor in tensors[1:]:
+        total += tensor
+    return total / len(tensors)
+
+
+def weighted_sum(tensors: Sequence[numpy.ndarray], *, weights: Sequence[float]) -> numpy.ndarray:
+    """Adds tensors of one shape, each times its weight (interpolation of blocks, DeLIGHT-style initialisation)."""
+    total = tensors[0] * weights[0]
+    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
+        total += tensor * weight
+    return total
+
+
+def index(tensors: Sequence[numpy.ndarray], *, axis: int, indices: Sequence[int]) -> numpy.ndarray:
+    """Takes indices along an axis (chosen heads, channels or tokens)."""
+    return tensors[0].take(indices, axis=axis)
+
+
+def low_rank(tensors: Sequence[numpy.ndarray], *, rank: int) -> numpy.ndarray:
+    """Gives the best approximation of a rank in the Frobenius norm (truncated SVD)."""
+    import numpy as np
+
+    left, values, right = np.linalg.svd(tensors[0], full_matrices=False)
+    return (left[:, :rank] * values[:rank]) @ right[:rank]
+
+
+def quantise(tensors: Sequence[numpy.ndarray], *, bits: int) -> numpy.ndarray:
+    """Rounds each row to ``2**bits - 1`` symmetric levels and gives the values back (round to nearest, scale a row)."""
+    import numpy as np
+
+    limit = 2 ** (bits - 1) - 1
+    largest = np.abs(tensors[0]).max(axis=-1, keepdims=True) / limit
+    step = np.where(largest == 0, 1.0, largest)
+    return np.round(tensors[0] / step) * step
+
+
+FUNCTIONS: dict[str, Function] = {
+    "scale": scale,
+    "mean": mean,
+    "weighted_sum": weighted_sum,
+    "index": index,
+    "low_rank": low_rank,
+    "quantise": quantise,
+}
+"""Name in a plan -> function of float64 arrays."""
+
+
+def function(name: str) -> Function:
+    """Looks a function up.
+
+    Raises:
+        PlanError: There is none of that name.
+    """
+    if name not in FUNCTIONS:
+        raise PlanError(f"Unknown function {name!r} in a plan.", expected=f"one of {', '.join(FUNCTIONS)}")
+    return FUNCTIONS[name]
+
+
+def apply(name: str, tensors: Sequence[numpy.ndarray], arguments: dict[str, Any]) -> numpy.ndarray:
+    """Runs a function on float64 arrays."""
+    return function(name)(tensors, **arguments)

@@ -1,0 +1,150 @@
+"""Carries one operation out: tiles of canonical rows are read, hashed, cast and written, never a whole tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import xxhash
+
+from megatron_inherit.arch.tensors import TensorSpec
+from megatron_inherit.base.errors import CheckpointError, PlanError
+from megatron_inherit.checkpoint.dtypes import CARRIERS, cast
+from megatron_inherit.checkpoint.extents import Shape
+from megatron_inherit.checkpoint.files import FilePool
+from megatron_inherit.checkpoint.formats.safetensors_file import read_header
+from megatron_inherit.checkpoint.gather import scatter
+from megatron_inherit.checkpoint.manifest import TILE_BYTES, TensorHash, row_tiles
+from megatron_inherit.checkpoint.stream import Source, StoredTensor, dense_tensor, read_box
+from megatron_inherit.plan.functions import apply
+from megatron_inherit.plan.init import draw
+from megatron_inherit.plan.ops import Compute, Copy, File, Init, Op, Tie
+
+Tile = tuple[Shape, np.ndarray]
+"""(first index, values in the carrier type of the target)."""
+
+Progress = Callable[[int], None]
+"""Called with the bytes that were written since the last call, from any thread."""
+
+
+@dataclass
+class Mover:
+    """Fills the tensors of a sink.
+
+    Attributes:
+        source: What is read, or None.
+        targets: The sink's tensors with absolute files.
+        specs: The output's tensors by canonical name.
+        ops: The operations by target.
+        pool: Where the output's files are opened.
+        progress: Told of the bytes written.
+    """
+
+    source: Source | None
+    targets: Mapping[str, StoredTensor]
+    specs: Mapping[str, TensorSpec]
+    ops: Mapping[str, Op]
+    pool: FilePool
+    progress: Progress
+    _buffers: threading.local = dataclasses.field(default_factory=threading.local)
+
+    def run(self, op: Op) -> TensorHash:
+        """Writes one tensor and gives the hash of what was written."""
+        target = self.targets[op.target]
+        digest = xxhash.xxh3_128()
+        for start, values in self._tiles(op, target):
+            block = np.ascontiguousarray(values)
+            digest.update(block.data)
+            scatter(self.pool, target.pieces, start, block)
+            self.progress(block.nbytes)
+        return TensorHash(op.dtype, op.shape, digest.hexdigest())
+
+    def _tiles(self, op: Op, target: StoredTensor) -> Iterator[Tile]:
+        if isinstance(op, Tie):
+            op = dataclasses.replace(self.ops[op.to], target=op.to)
+        if isinstance(op, Copy):
+            return self._copy(op, self._source().find(op.source), target)
+        if isinstance(op, Init):
+            return self._draw(op)
+        if isinstance(op, File):
+            return self._file(op, target)
+        if isinstance(op, Compute):
+            return self._compute(op)
+        raise PlanError(f"Unknown operation {op.kind!r}.")
+
+    def _copy(self, op: Copy, stored: StoredTensor, target: StoredTensor) -> Iterator[Tile]:
+        if op.box is not None:
+            yield from self._copy_box(op, stored, op.box)
+            return
+        for start, shape in row_tiles(stored, target):
+            values = read_box(self._source().pool, stored, start, shape, self._buffer(shape, stored.dtype))
+            yield start, cast(values, stored.dtype, op.dtype)
+
+    def _copy_box(self, op: Copy, stored: StoredTensor, box: Sequence[tuple[int, int]]) -> Iterator[Tile]:
+        step = max(1, TILE_BYTES // max(1, stored.nbytes // stored.shape[0]))
+        for first in range(box[0][0], box[0][1], step):
+            start = (first, *(low for low, _ in box[1:]))
+            shape = (min(step, box[0][1] - first), *(high - low for low, high in box[1:]))
+            values = read_box(self._source().pool, stored, start, shape)
+            yield (first - box[0][0], *(0,) * (len(box) - 1)), cast(values, stored.dtype, op.dtype)
+
+    def _draw(self, op: Init) -> Iterator[Tile]:
+        spec = dataclasses.replace(self.specs[op.target.rpartition(":")[2]], init=op.init)
+        row = math.prod(op.shape[1:])
+        step = max(1, TILE_BYTES // (4 * row))
+        for first in range(0, op.shape[0], step):
+            count = min(step, op.shape[0] - first)
+            values = draw(
+                spec,
+                num_layers=op.num_layers,
+                seed=op.seed,
+                start=first * row,
+                stop=(first + count) * row,
+                std=op.std,
+            )
+            yield (
+                (first, *(0,) * (len(op.shape) - 1)),
+                cast(values.reshape(count, *op.shape[1:]), "F32", op.dtype),
+            )
+
+    def _file(self, op: File, target: StoredTensor) -> Iterator[Tile]:
+        pool = FilePool()
+        try:
+            extents, header = read_header(pool, op.file)
+            if op.name not in extents or (op.header and op.header != header):
+                raise CheckpointError(f"{op.file} is not the file the plan was made with.", fix="Make the plan again.")
+            extent = extents[op.name]
+            if extent.shape != op.shape:
+                raise CheckpointError(f"{op.file}: {op.name} has the wrong shape.", got=extent.shape, expected=op.shape)
+            stored = dense_tensor(op.file, extent.offset, extent.dtype, extent.shape)
+            for start, shape in row_tiles(stored, target):
+                yield start, cast(read_box(pool, stored, start, shape), stored.dtype, op.dtype)
+        finally:
+            pool.close()
+
+    def _compute(self, op: Compute) -> Iterator[Tile]:
+        inputs = []
+        for name in op.sources:
+            raw = self._source().read(name)
+            inputs.append(cast(raw.array(), raw.dtype, "F64"))
+        result = apply(op.function, inputs, dict(op.arguments))
+        if result.shape != op.shape:
+            raise PlanError(f"{op.describe()} gives {op.target} the wrong shape.", got=result.shape, expected=op.shape)
+        yield (0,) * len(op.shape), cast(result.astype(np.float64), "F64", op.dtype)
+
+    def _buffer(self, shape: Shape, dtype: str) -> np.ndarray:
+        """Gives this thread's buffer, seen as a tile; the same memory serves every tile of a thread."""
+        needed = math.prod(shape) * CARRIERS[dtype].itemsize
+        found = getattr(self._buffers, "block", None)
+        if found is None or len(found) < needed:
+            found = self._buffers.block = np.empty(max(needed, TILE_BYTES), np.uint8)
+        return found[:needed].view(CARRIERS[dtype]).reshape(shape)
+
+    def _source(self) -> Source:
+        if self.source is None:
+            raise PlanError("The plan reads a source and none was opened.")
+        return self.source
