@@ -61,7 +61,7 @@ class IndexedFile:
 
     Attributes:
         tokens: All tokens [num_tokens], mapped.
-        document_starts: int64 [num_documents + 1], the first token of each document and the end of the last.
+        sequence_lengths: int32 [num_sequences], mapped.
 
     Raises:
         DataError: A file is missing, truncated or the two do not belong together.
@@ -86,16 +86,17 @@ class IndexedFile:
         return self.num_documents
 
     def __getitem__(self, number: int) -> np.ndarray:
-        start, stop = self.document_starts[number : number + 2]
+        start, stop = self.bounds(number, number + 1)
         return self.tokens[start:stop]
 
-    @property
-    def document_starts(self) -> np.ndarray:
-        """First token of each document, and the end of the last; computed anew at every call."""
-        if not len(self._offsets):
-            return np.zeros(len(self._boundaries), np.int64)
-        starts = np.append(self._offsets, self.num_tokens * self.dtype.itemsize)
-        return starts[self._boundaries] // self.dtype.itemsize
+    def bounds(self, first: int = 0, last: int | None = None) -> np.ndarray:
+        """Gives the first token of documents ``first`` to ``last`` - 1 and the end of the last one, int64."""
+        last = self.num_documents if last is None else min(last, self.num_documents)
+        sequence = self._boundaries[first : last + 1]
+        out = np.full(len(sequence), self.num_tokens, np.int64)
+        inside = sequence < len(self._offsets)
+        out[inside] = self._offsets[sequence[inside]] // self.dtype.itemsize
+        return out
 
     def _read_header(self) -> tuple[np.dtype, int, int]:
         size = self.idx.stat().st_size
@@ -139,7 +140,8 @@ class IndexedFile:
                 )
             total = int(ends[-1])
         bounds, after = self._boundaries, base + 8 * len(self._offsets)
-        if not len(bounds) or bounds[0] != 0 or bounds[-1] != len(self._offsets) or (np.diff(bounds) < 0).any():
+        falling = any((np.diff(bounds[at : at + _CHUNK + 1]) < 0).any() for at in range(0, len(bounds), _CHUNK))
+        if not len(bounds) or bounds[0] != 0 or bounds[-1] != len(self._offsets) or falling:
             raise DataError(f"{self.idx} has document boundaries (offset {after}) that do not fit its sequences.")
         size = self.bin.stat().st_size
         if size != total:

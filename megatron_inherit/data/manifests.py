@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_inherit.base.atomic import write_text
 from megatron_inherit.base.errors import DataError
@@ -127,16 +127,39 @@ class SplitRecord(ManifestModel):
     files: dict[str, FileRecord]
 
 
+OnShort = Literal["error", "repeat", "take-all"]
+"""When a domain has fewer tokens than its share: stop; go round again; or take what there is, off the shares."""
+
+
+class SubsetOptions(ManifestModel):
+    """What to draw.
+
+    Attributes:
+        tokens: Budget of the training split; None takes everything.
+        seed: Of the order of documents.
+        weights: See :func:`megatron_inherit.data.mixture.parse_weights`.
+        epochs: Domain to how often its documents pass within one pass over the subset, at least 1.
+        on_short: See :data:`OnShort`.
+        valid_share: Share of the documents held out for validation.
+        test_share: Share held out for tests.
+        split_seed: Of what is held out; leave it, so that all subsets of a corpus hold out the same documents.
+    """
+
+    tokens: int | None = Field(default=None, gt=0)
+    seed: int = 0
+    weights: str = "natural"
+    epochs: dict[str, float] = {}
+    on_short: OnShort = "error"
+    valid_share: float = Field(default=0.005, ge=0, lt=1)
+    test_share: float = Field(default=0.005, ge=0, lt=1)
+    split_seed: int = 0
+
+
 class SubsetManifest(ManifestModel):
     """A subset: an index over token files, no copy of them."""
 
     kind: Literal["subset"] = "subset"
-    seed: int
-    split_seed: int
-    budget: int | None
-    valid_share: float
-    test_share: float
-    on_short: str
+    options: SubsetOptions
     duplicates: dict[str, int]
     tokenizer: TokenizerRecord | None
     shards: tuple[ShardRecord, ...]

@@ -117,7 +117,7 @@ def _open_tokens(folder: Path, vocab_size: int | None, verify: Verify) -> Stream
     source = _source(folder, manifest.shards)
     starts, lengths, domains, place = [], [], [], 0
     for base, shard in zip(source.bases.tolist(), manifest.shards, strict=False):
-        bounds = IndexedFile(folder / shard.name).document_starts
+        bounds = IndexedFile(folder / shard.name).bounds()
         starts.append(bounds[:-1] + base)
         lengths.append(np.diff(bounds))
         domains.append(_whole_domain(shard.domain, place, shard.tokens, shard.documents))
@@ -136,7 +136,7 @@ def _open_prefix(path: Path, vocab_size: int | None) -> Stream:
     file = IndexedFile(path)
     if vocab_size is not None and (place := first_token_beyond(file.tokens, vocab_size)) is not None:
         raise beyond_vocabulary(file.bin, place * file.dtype.itemsize, int(file.tokens[place]), vocab_size)
-    bounds = file.document_starts
+    bounds = file.bounds()
     domain = _whole_domain(strip_suffix(path).name, 0, file.num_tokens, file.num_documents)
     source = Source([ShardFile(file.bin, file.dtype, file.num_tokens)])
     return Stream(source, Spans(bounds[:-1], bounds[1:]), (domain,), None, _sampled_digest(file))
@@ -144,9 +144,9 @@ def _open_prefix(path: Path, vocab_size: int | None) -> Stream:
 
 def _sampled_digest(file: IndexedFile) -> str:
     """Hashes the lengths of all documents and 64 places of the tokens: a prefix carries no hashes of its own."""
-    digest = xxhash.xxh3_128(np.ascontiguousarray(file.sequence_lengths))
+    digest = xxhash.xxh3_128(file.sequence_lengths.tobytes())
     for place in np.linspace(0, max(0, file.num_tokens - _SAMPLE), _SAMPLES).astype(np.int64).tolist():
-        digest.update(np.ascontiguousarray(file.tokens[place : place + _SAMPLE]))
+        digest.update(file.tokens[place : place + _SAMPLE].tobytes())
     return digest.hexdigest()
 
 

@@ -54,15 +54,13 @@ class KeyedPermutation:
         index: np.ndarray = self._encrypt(position)
         outside = np.flatnonzero(index >= self.size)
         while len(outside):
-            again = self._encrypt(index[outside])
-            index[outside] = again
+            index[outside] = self._encrypt(index[outside])
             outside = outside[index[outside] >= self.size]
         return index
 
     def _encrypt(self, index: np.ndarray) -> np.ndarray:
         rows, columns = np.uint64(self._rows), np.uint64(self._columns)
-        row = index // columns
-        column = index - row * columns
+        row, column = np.divmod(index, columns)
         for number, key in enumerate(self._keys):
             if number % 2:
                 column = (column + mix64(row, key) % columns) % columns

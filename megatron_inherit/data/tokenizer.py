@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -136,6 +137,10 @@ class SentencePieceTokenizer:
         """Decodes; control tokens give no text."""
         return self._model.decode([int(one) for one in ids])
 
+    def control_pieces(self) -> list[str]:
+        """Names the control tokens."""
+        return [self._model.id_to_piece(one) for one in range(self.vocab_size) if self._model.is_control(one)]
+
     def byte_lengths(self) -> np.ndarray:
         """Counts the bytes of the pieces, the blank mark as one."""
         out = np.zeros(self.vocab_size, np.int64)
@@ -176,6 +181,10 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Decodes, control tokens as they are written."""
         return self._tokenizer.decode([int(one) for one in ids], skip_special_tokens=False)
+
+    def to_json(self) -> str:
+        """Gives the content of a tokenizer.json."""
+        return self._tokenizer.to_str()
 
     def byte_lengths(self) -> np.ndarray:
         """Counts the bytes of the pieces as the decoder of the file writes them."""
@@ -247,3 +256,9 @@ def _fingerprint(files: Sequence[Path], *ids: int | None) -> str:
     for file in files:
         digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+def flatten(encoded: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Lays lists of ids end to end: ids int32 and lengths int64."""
+    lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+    return np.fromiter(chain.from_iterable(encoded), np.int32, int(lengths.sum())), lengths

@@ -1,0 +1,88 @@
+"""Picks the encoder of a job: gigatoken where it is installed and gives the same ids, else the tokenizer's own.
+
+gigatoken turns the written name of a control token in a text into that token. Ours never do, so it gets the vocabulary
+without them (Hugging Face files), or does not get the texts that hold such a name (SentencePiece models).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from megatron_inherit.base.errors import DataError
+from megatron_inherit.base.log import get_logger
+from megatron_inherit.base.optional import require
+from megatron_inherit.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, flatten
+
+_SAMPLE_DOCUMENTS, _SAMPLE_CHARACTERS = 64, 200_000
+_log = get_logger(__name__)
+
+Encoder = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
+"""Texts to their ids laid end to end, int32, and the number of ids of each, int64."""
+
+
+def choose_encoder(tokenizer: Tokenizer, backend: str, texts: Sequence[str]) -> Encoder:
+    """Gives the fastest encoder whose ids are the tokenizer's on a sample.
+
+    Args:
+        tokenizer: Says what is right.
+        backend: ``auto``, ``own`` or ``gigatoken``.
+        texts: The sample's source: the first batch of a shard.
+
+    Raises:
+        DataError: ``gigatoken`` was asked for and cannot take this tokenizer, or differs.
+        MissingExtraError: ``gigatoken`` was asked for and is not installed.
+    """
+
+    def own(batch: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        return flatten(tokenizer.encode_batch(batch))
+
+    if backend == "own" or (backend == "auto" and importlib.util.find_spec("gigatoken") is None):
+        return own
+    fast = _fast(tokenizer, own)
+    sample = [text[:_SAMPLE_CHARACTERS] for text in texts[:_SAMPLE_DOCUMENTS]]
+    if fast is not None and all(map(np.array_equal, fast(sample), own(sample))):
+        return fast
+    reason = "cannot take this vocabulary" if fast is None else "gives other ids on a sample"
+    if backend == "gigatoken":
+        raise DataError(f"gigatoken {reason} ({tokenizer.path}).", fix="Use --backend own.")
+    if fast is not None or not isinstance(tokenizer, (HuggingFaceTokenizer, SentencePieceTokenizer)):
+        _log.debug("gigatoken %s: %s encodes itself", reason, tokenizer.path)
+    return own
+
+
+def _fast(tokenizer: Tokenizer, own: Encoder) -> Encoder | None:
+    module = require("gigatoken", "--backend gigatoken").Tokenizer
+    try:
+        if isinstance(tokenizer, HuggingFaceTokenizer):
+            description = json.loads(tokenizer.to_json())
+            description["added_tokens"] = [one for one in description["added_tokens"] if not one["special"]]
+            return _plain(module.from_json(json.dumps(description)))
+        if isinstance(tokenizer, SentencePieceTokenizer):
+            return _around(_plain(module.from_sentencepiece(tokenizer.path)), own, tokenizer.control_pieces())
+    except (ValueError, TypeError, RuntimeError, OSError, NotImplementedError) as error:
+        _log.debug("gigatoken cannot take %s: %s", tokenizer.path, error)
+    return None
+
+
+def _plain(backend: object) -> Encoder:
+    def encode(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        layout = backend.encode_batch(list(texts), parallel=False).layout  # type: ignore[attr-defined]
+        offsets = np.asarray(layout.offsets.data, np.int64)
+        ids = np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
+        return ids.astype(np.int32), np.diff(offsets)
+
+    return encode
+
+
+def _around(fast: Encoder, own: Encoder, names: Sequence[str]) -> Encoder:
+    """Sends a batch that holds the name of a control token to the tokenizer itself."""
+
+    def encode(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        found = any(name in text for text in texts for name in names)
+        return (own if found else fast)(texts)
+
+    return encode

@@ -1,0 +1,116 @@
+"""Runs independent tasks over processes, with progress, and leaves no process behind whoever is killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from megatron_inherit.base.errors import MinheritError
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What was done since the last report."""
+
+    documents: int = 0
+    text_bytes: int = 0
+    tokens: int = 0
+
+
+Report = Callable[[Progress], None]
+
+_report: Report = lambda progress: None  # noqa: E731  replaced in each worker
+
+
+def report(progress: Progress) -> None:
+    """Tells the parent process what a task has done; called by tasks."""
+    _report(progress)
+
+
+def run_tasks(
+    function: Callable[[Task], Result], tasks: Sequence[Task], *, workers: int, on_progress: Report | None = None
+) -> Iterator[Result]:
+    """Yields the results as they come; with one worker, in this process and in order.
+
+    Args:
+        function: A function of a module; it and the tasks must pickle.
+        tasks: Independent of each other.
+        workers: Processes.
+        on_progress: Gets what the tasks report.
+
+    Raises:
+        MinheritError: A worker died, or the task's own error.
+    """
+    if workers <= 1 or len(tasks) <= 1:
+        yield from _run_here(function, tasks, on_progress)
+    else:
+        yield from _run_apart(function, tasks, min(workers, len(tasks)), on_progress)
+
+
+def _run_here(
+    function: Callable[[Task], Result], tasks: Sequence[Task], on_progress: Report | None
+) -> Iterator[Result]:
+    global _report  # noqa: PLW0603
+    before, _report = _report, on_progress or _report
+    try:
+        for task in tasks:
+            yield function(task)
+    finally:
+        _report = before
+
+
+def _run_apart(
+    function: Callable[[Task], Result], tasks: Sequence[Task], workers: int, on_progress: Report | None
+) -> Iterator[Result]:
+    context = multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    reader = threading.Thread(target=_drain, args=(queue, on_progress), daemon=True)
+    reader.start()
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(queue, os.getpid()))
+    try:
+        waiting: set[Future[Result]] = {pool.submit(function, task) for task in tasks}
+        while waiting:
+            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
+    except BrokenProcessPool as error:
+        raise MinheritError(
+            "A worker process died before its task was done.",
+            fix="It was killed, often for want of memory. What is finished is kept: run the command again, perhaps "
+            "with fewer --workers.",
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        queue.put(None)
+        reader.join()
+
+
+def _drain(queue: Any, on_progress: Report | None) -> None:
+    while (progress := queue.get()) is not None:
+        if on_progress:
+            on_progress(progress)
+
+
+def _start_worker(queue: Any, parent: int) -> None:
+    global _report  # noqa: PLW0603
+    _report = queue.put
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+
+
+def _leave_with(parent: int) -> None:
+    """Ends this worker when its parent is gone, so that a killed job leaves no writer behind."""
+    import time
+
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)

@@ -1,0 +1,220 @@
+"""Finds text on local disks, remote stores and in Hugging Face data sets, and says which file is of which domain."""
+
+from __future__ import annotations
+
+import fnmatch
+import lzma
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, Literal, cast
+
+from megatron_inherit.base.errors import DataError
+from megatron_inherit.base.log import get_logger
+from megatron_inherit.base.optional import require
+from megatron_inherit.data.layouts import Layout, domain_of_path
+from megatron_inherit.data.manifests import ManifestModel
+
+Format = Literal["txt", "jsonl", "parquet", "tar", "saved-dataset", "streamed-dataset"]
+DATASETS_PREFIX = "datasets:"
+_COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
+_FORMATS: dict[str, Format] = {
+    ".txt": "txt",
+    ".text": "txt",
+    ".md": "txt",
+    ".rst": "txt",
+    ".jsonl": "jsonl",
+    ".json": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".tar": "tar",
+    ".tgz": "tar",
+}
+_log = get_logger(__name__)
+
+
+class SourceFile(ManifestModel):
+    """A file of a corpus, or one part of a data set.
+
+    Attributes:
+        path: Local path or URL; folder or name of a data set.
+        format: How to read it.
+        size: Bytes; 0 where it is not known.
+        mtime_ns: Time of the last change of a local file.
+        domain: None where each record tells it.
+        part, parts: Which part of how many, of a data set.
+        config, split: Of a streamed data set.
+    """
+
+    path: str
+    format: Format
+    size: int
+    mtime_ns: int | None
+    domain: str | None
+    part: int = 0
+    parts: int = 1
+    config: str | None = None
+    split: str | None = None
+
+
+def find_sources(sources: list[str], layout: Layout, *, pattern: str = "*", as_text: bool = False) -> list[SourceFile]:
+    """Lists the files below paths, URLs and data sets, in a fixed order.
+
+    Args:
+        sources: Each ``PATH`` or ``DOMAIN=PATH``; a path is a file, a folder, an fsspec URL, or
+            ``datasets:NAME_OR_FOLDER[:CONFIG[:SPLIT]]`` for a streamed Hugging Face data set.
+        layout: Tells the domain where the source does not.
+        pattern: Shell pattern that file names inside folders must match.
+        as_text: Reads every file as plain text whatever its suffix.
+
+    Raises:
+        DataError: A source is missing, holds no readable file, or a file belongs to no domain.
+    """
+    found: list[SourceFile] = []
+    for source in sources:
+        name, mark, path = source.partition("=")
+        if not mark or "/" in name or ":" in name:
+            name, path = "", source
+        files = list(_find(path, name or None, layout, pattern, as_text))
+        if not files:
+            raise DataError(f"{path} holds no file that can be read.", expected=f"files ending in {_known_suffixes()}")
+        found += files
+    return sorted(found, key=lambda file: (file.domain or "", file.path, file.part))
+
+
+def _find(path: str, domain: str | None, layout: Layout, pattern: str, as_text: bool) -> Iterator[SourceFile]:
+    if path.startswith(DATASETS_PREFIX):
+        yield from _streamed(path.removeprefix(DATASETS_PREFIX), domain or _fallback(layout))
+        return
+    if "://" in path:
+        yield from _remote(path, domain, layout, pattern, as_text)
+        return
+    root = Path(path)
+    if not root.exists():
+        raise DataError(f"{path} does not exist.")
+    if root.is_dir() and any((root / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        yield from _saved(root, domain or _fallback(layout))
+        return
+    files = [root] if root.is_file() else sorted(file for file in root.rglob("*") if file.is_file())
+    for file in files:
+        status = file.stat()
+        relative = file.name if file == root else file.relative_to(root).as_posix()
+        named = file == root
+        kind = _format(relative, as_text, named=named)
+        if kind is None or not (named or fnmatch.fnmatch(file.name, pattern)):
+            continue
+        place = _domain(relative, domain, layout)
+        yield SourceFile(
+            path=str(file.absolute()), format=kind, size=status.st_size, mtime_ns=status.st_mtime_ns, domain=place
+        )
+
+
+def _remote(url: str, domain: str | None, layout: Layout, pattern: str, as_text: bool) -> Iterator[SourceFile]:
+    system, root = require("fsspec", "remote paths").core.url_to_fs(url)
+    entries = {root: system.info(root)} if system.isfile(root) else system.find(root, detail=True)
+    for path, info in sorted(entries.items()):
+        relative = path.removeprefix(root).lstrip("/") or path.rpartition("/")[2]
+        kind = _format(relative, as_text, named=path == root)
+        if kind is None or not (path == root or fnmatch.fnmatch(relative.rpartition("/")[2], pattern)):
+            continue
+        place = _domain(relative, domain, layout)
+        size = int(info.get("size") or 0)
+        yield SourceFile(path=system.unstrip_protocol(path), format=kind, size=size, mtime_ns=None, domain=place)
+
+
+def _saved(root: Path, domain: str | None) -> Iterator[SourceFile]:
+    """A folder that ``save_to_disk`` wrote: one part for each Arrow file."""
+    arrow = sorted(root.rglob("*.arrow"))
+    for file in arrow:
+        status = file.stat()
+        yield SourceFile(
+            path=str(file.absolute()),
+            format="saved-dataset",
+            size=status.st_size,
+            mtime_ns=status.st_mtime_ns,
+            domain=domain,
+        )
+
+
+def _streamed(spec: str, domain: str | None) -> Iterator[SourceFile]:
+    path, config, split = [*spec.split(":"), "", ""][:3]
+    data = load_streamed(path, config or None, split or "train")
+    for part in range(data.num_shards):
+        yield SourceFile(
+            path=path,
+            format="streamed-dataset",
+            size=0,
+            mtime_ns=None,
+            domain=domain,
+            part=part,
+            parts=data.num_shards,
+            config=config or None,
+            split=split or "train",
+        )
+
+
+def load_streamed(path: str, config: str | None, split: str) -> Any:
+    """Opens a Hugging Face data set for streaming; nothing is downloaded as a whole, no code of it is run."""
+    try:
+        return require("datasets", "Hugging Face data sets").load_dataset(path, config, split=split, streaming=True)
+    except (OSError, ValueError) as error:
+        raise DataError(f"The data set {path} (config {config}, split {split}) cannot be streamed: {error}.") from error
+
+
+def _fallback(layout: Layout) -> str | None:
+    return None if layout.by_record else layout.fixed or "text"
+
+
+def _domain(relative: str, domain: str | None, layout: Layout) -> str | None:
+    if domain or not layout.by_path:
+        return domain or _fallback(layout)
+    return domain_of_path(relative)
+
+
+def _format(name: str, as_text: bool, *, named: bool) -> Format | None:
+    """Tells the format from the suffix; None for a file in a folder that has an unknown one."""
+    if as_text:
+        return "txt"
+    stem = name
+    for suffix in _COMPRESSIONS:
+        stem = stem.removesuffix(suffix)
+    if stem.endswith("_data") and name.endswith(".xz"):  # OpenWebText's urlsf_subsetNN-MMM_data.xz are tar archives
+        return "tar"
+    known = _FORMATS.get(Path(stem).suffix)
+    if known is None and named:
+        raise DataError(f"{name} has no known suffix.", expected=_known_suffixes(), fix="Use --as-text for plain text.")
+    if known is None:
+        _log.warning("%s is left out: its suffix is none of %s", name, _known_suffixes())
+    return known
+
+
+def _known_suffixes() -> str:
+    return ", ".join(_FORMATS) + f" (also with {', '.join(_COMPRESSIONS)})"
+
+
+def open_binary(path: str) -> IO[bytes]:
+    """Opens a local or remote file for reading and decompresses it by its suffix."""
+    raw = _open_raw(path)
+    if path.endswith((".gz", ".tgz")):
+        import gzip
+
+        return cast("IO[bytes]", gzip.open(raw, "rb"))
+    if path.endswith(".zst"):
+        import io
+
+        reader = (
+            require("zstandard", "files ending in .zst").ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+        )
+        return io.BufferedReader(reader, 1 << 20)
+    if path.endswith(".xz"):
+        return cast("IO[bytes]", lzma.open(raw, "rb"))
+    if path.endswith(".bz2"):
+        import bz2
+
+        return cast("IO[bytes]", bz2.open(raw, "rb"))
+    return raw
+
+
+def _open_raw(path: str) -> IO[bytes]:
+    if "://" in path:
+        return cast("IO[bytes]", require("fsspec", "remote paths").open(path, "rb").open())
+    return open(path, "rb", buffering=1 << 20)
