@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_inherit.arch.model_config import ModelConfig
@@ -136,7 +137,22 @@ def build_chunks(
                 pg_collection=groups,
                 vp_stage=vp_stage,
             )
+        _mark_tensor_parallel(part)
         yield part.to(device=device, dtype=config.params_dtype)
+
+
+def _mark_tensor_parallel(part: LanguageModel) -> None:
+    """Marks the weights that tensor ranks share out, which Megatron-Core does only while it initialises them.
+
+    Unmarked, they count as copies of rank 0's and the gradient's norm misses the other ranks'.
+    """
+    axes = ((ColumnParallelLinear, 0), (VocabParallelEmbedding, 0), (RowParallelLinear, 1))
+    for module in part.modules():
+        for kind, axis in axes:
+            if isinstance(module, kind) and module.weight is not None:
+                marks = {"tensor_model_parallel": True, "partition_dim": axis, "partition_stride": 1}
+                for name, value in marks.items():
+                    setattr(module.weight, name, value)
 
 
 def build_single(model: ModelConfig, *, dtype: torch.dtype = torch.float32) -> LanguageModel:
