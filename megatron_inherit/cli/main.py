@@ -48,6 +48,7 @@ class LazyGroup(TyperGroup):
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(f"megatron_inherit.cli.{cmd_name}")
+        module.app._add_completion = False
         command = typer.main.get_command(module.app)
         command.name = cmd_name
         return command
