@@ -11,6 +11,7 @@ from megatron_inherit.checkpoint.files import is_remote
 from megatron_inherit.checkpoint.stream import Source
 
 FORMATS = {
+    "learngene": "learngene",
     "hf": "hf",
     "gguf": "gguf",
     "native": "native",

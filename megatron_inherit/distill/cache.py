@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -19,10 +19,15 @@ from megatron_inherit.base import atomic
 from megatron_inherit.base.errors import DataError
 
 if TYPE_CHECKING:
+    import torch
+
     from megatron_inherit.data.loader import Batch
 
+Method = Literal["top", "draw"]
 MANIFEST = "manifest.json"
 VERSION = 1
+UNDRAWN = -30.0
+"""Log-probability stored for a place that no draw filled: too little to matter, and finite."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +57,16 @@ class Manifest:
 
     Attributes:
         key: What the targets depend on.
-        top_k: Stored entries a token.
+        method: ``top`` keeps the most probable tokens, ``draw`` random ones with their share of the draws.
+        entries: Stored tokens for each token of a sample.
         num_samples: Samples [0, num_samples) when complete.
         shard_samples: Samples of a shard.
         shards: xxh3 of each finished shard, in order.
     """
 
     key: CacheKey
-    top_k: int
+    method: Method
+    entries: int
     num_samples: int
     shard_samples: int
     shards: tuple[str, ...] = ()
@@ -95,7 +102,61 @@ def shard_path(folder: Path, index: int) -> Path:
 
 
 Targets = tuple[np.ndarray, np.ndarray]
-"""ids int [samples, sequence, k] and log-probabilities float [samples, sequence, k], most probable first."""
+"""ids int and log-probabilities float, both [samples, sequence, entries]."""
+
+
+def top_targets(logits: torch.Tensor, entries: int, *, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Takes the most probable tokens, most probable first.
+
+    Args:
+        logits: [..., V] of the teacher.
+        entries: How many.
+        temperature: Divides the logits.
+
+    Returns:
+        ids int64 and log-probabilities, both [..., entries].
+    """
+    import torch
+
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    found = torch.log_softmax(wide / temperature, dim=-1).topk(entries, dim=-1)
+    return found.indices, found.values
+
+
+def draw_targets(
+    logits: torch.Tensor, entries: int, *, temperature: float, generator: torch.Generator | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws tokens with replacement; those that come up twice share one place, so that some places stay empty.
+
+    The gradient of the divergence from the draws' shares is that of the full forward KL on average, which the most
+    probable tokens alone, renormalised, would not give.
+
+    Args:
+        logits: [rows, V] of the teacher.
+        entries: Draws a row.
+        temperature: Divides the logits.
+        generator: Where the randomness comes from.
+
+    Returns:
+        ids int64, no id twice in a row, and the logarithms of their shares, both [rows, entries].
+    """
+    import torch
+
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    p = torch.softmax(wide / temperature, dim=-1)
+    draws = torch.multinomial(p, entries, replacement=True, generator=generator)
+    counts = torch.zeros_like(p).scatter_add_(-1, draws, torch.ones_like(draws, dtype=p.dtype))
+    found = counts.topk(entries, dim=-1)
+    shares = (found.values / entries).log()
+    return found.indices, shares.clamp(min=UNDRAWN)
+
+
+def ghost_of(log_probs: torch.Tensor) -> torch.Tensor:
+    """Gives the logarithm of the probability outside the stored tokens, [...] for [..., entries]."""
+    import torch
+
+    inside = log_probs.exp().sum(dim=-1)
+    return torch.log1p(-inside.clamp(max=1.0))
 
 
 def write_cache(

@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from dataclasses import dataclass
+from typing import cast
 
 from megatron_inherit.arch.counts import count_parameters
 from megatron_inherit.arch.model_config import ModelConfig
 from megatron_inherit.arch.tensors import TensorSpec, enumerate_tensors
+from megatron_inherit.checkpoint import stages
+from megatron_inherit.checkpoint.stages import PREFIX
 from megatron_inherit.sharing.stage_plan import Component, StagePlan, require_cover
 
-PREFIX = "sws.stages."
-_LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 
-
-def component_of(name: str) -> Component:
+def component_of(inside: str) -> Component:
     """Tells which component's plan a tensor of a block follows, from its name inside the block."""
-    inside = name.rpartition("layers.")[2]
-    word = re.sub(r"^\d+\.", "", inside)
-    return "attn" if word.startswith("attn.") else "mlp" if word.startswith("mlp.") else "norm"
+    return cast("Component", stages.component_of(inside))
 
 
 def stored_name(name: str, plan: StagePlan) -> str:
     """Gives the stored tensor that a canonical one of the virtual model reads: ``layers.7.*`` -> ``sws.stages.2.*``."""
-    match = _LAYER.fullmatch(name)
-    if match is None:
-        return name
-    return f"{PREFIX}{plan.ids(component_of(match[2]))[int(match[1])]}.{match[2]}"
+    return stages.stored_name(name, plan.to_json())
 
 
 def first_user(name: str, plan: StagePlan) -> str:

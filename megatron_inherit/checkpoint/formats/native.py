@@ -34,6 +34,7 @@ from megatron_inherit.base.faults import fault
 from megatron_inherit.checkpoint.extents import Extent, Piece, check_cover, flat_pieces
 from megatron_inherit.checkpoint.files import FilePool
 from megatron_inherit.checkpoint.formats.safetensors_file import build_header, read_header
+from megatron_inherit.checkpoint.stages import KEY, PREFIX, read_ids, share_names
 from megatron_inherit.checkpoint.stream import SideFile, Source, StoredTensor
 
 FORMAT, VERSION = "megatron_inherit", 1
@@ -209,6 +210,11 @@ def open_source(path: str | Path) -> Source:
             kinds[key] = tuple(part["global_shape"]), extents[part["key"]].dtype
     config = ModelConfig.from_json(state["model"])
     stored = {key: _stored(key, shape, dtype, pieces[key]) for key, (shape, dtype) in kinds.items()}
+    details = {key: value for key, value in manifest.items() if key != "files"}
+    if any(key.startswith(PREFIX) for key in stored):
+        ids = read_ids(state.get("hf_config") or {}, config, str(folder / STATE))
+        stored = share_names(stored, config, ids, str(folder))
+        details[KEY] = {name: list(values) for name, values in ids.items()}
     return Source(
         format="native",
         path=str(folder),
@@ -217,7 +223,7 @@ def open_source(path: str | Path) -> Source:
         optimizer={key: value for key, value in stored.items() if ":" in key},
         side_files=tuple(SideFile(file.name, str(file)) for file in sorted(folder.glob(f"{SIDE}/*"))),
         hf_config=state.get("hf_config"),
-        details={key: value for key, value in manifest.items() if key != "files"},
+        details=details,
         identity=identity,
         licence=state.get("licence", ""),
         pool=pool,

@@ -1,0 +1,93 @@
+"""A model with shared stages in a folder of its own: every physical layer once, and which layer of the depth uses it.
+
+::
+
+    config.json             of the model at its full depth, with the shared layers' ids under "sws"
+    learngene.safetensors   embed.weight, sws.stages.{s}.attn.q.weight, ..., final_norm.weight, head.weight
+    tokenizer and licence files
+
+Read as a source it is the whole model, whose layers of a stage lie at the same place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import xxhash
+
+from megatron_inherit.arch.model_config import ModelConfig
+from megatron_inherit.arch.tensors import enumerate_tensors
+from megatron_inherit.base.atomic import write_bytes, write_json
+from megatron_inherit.checkpoint.files import FilePool, create_file, is_remote, join
+from megatron_inherit.checkpoint.formats.hf import read_licence, side_files
+from megatron_inherit.checkpoint.formats.hf_config import read_config, write_config
+from megatron_inherit.checkpoint.formats.native import read_json
+from megatron_inherit.checkpoint.formats.safetensors_file import build_header, read_header
+from megatron_inherit.checkpoint.stages import KEY, read_ids, share_names, stored_name
+from megatron_inherit.checkpoint.stream import Sink, SinkOptions, Source, dense_tensor
+
+FILE = "learngene.safetensors"
+
+
+def detect(path: str) -> bool:
+    """Tells whether a folder is a learngene."""
+    return not is_remote(path) and (Path(path) / FILE).is_file()
+
+
+def open_source(path: str) -> Source:
+    """Reads the configuration and the header.
+
+    Raises:
+        CheckpointError: A file is missing or damaged, or a tensor is missing or of the wrong shape.
+    """
+    pool = FilePool()
+    where = join(path, "config.json")
+    raw = read_json(Path(where))
+    config = read_config(raw, where=where)
+    extents, header = read_header(pool, join(path, FILE))
+    stored = {name: dense_tensor(e.file, e.offset, e.dtype, e.shape) for name, e in extents.items()}
+    ids = read_ids(raw, config, where)
+    return Source(
+        format="learngene",
+        path=path,
+        config=config,
+        tensors=share_names(stored, config, ids, path),
+        side_files=side_files(pool, path),
+        hf_config=raw,
+        details={KEY: {name: list(values) for name, values in ids.items()}},
+        identity={FILE: header, "config.json": xxhash.xxh3_128_hexdigest(Path(where).read_bytes())},
+        licence=read_licence(pool, path),
+        pool=pool,
+    )
+
+
+def make_sink(config: ModelConfig, dtypes: Mapping[str, str], options: SinkOptions) -> Sink:
+    """Lays one file out; layers that share weights are written to the same place.
+
+    Args:
+        config: The model at its full depth.
+        dtypes: Type of each canonical tensor.
+        options: ``hf_config`` must hold the ids under ``sws``; ``side_files`` are copied.
+    """
+    given = dict(options.hf_config or {})
+    ids = read_ids(given, config, "the output's config.json")
+    entries: dict[str, tuple[str, str, tuple[int, ...]]] = {}
+    for spec in enumerate_tensors(config):
+        name = stored_name(spec.name, ids)
+        entries.setdefault(name, (name, dtypes[spec.name], spec.shape))
+    head, places, size = build_header(list(entries.values()))
+    stored = {name: dense_tensor(FILE, places[name][0], dtype, shape) for name, dtype, shape in entries.values()}
+    raw = write_config(config, next(iter(dtypes.values()))) | given
+
+    def prepare(folder: Path) -> None:
+        create_file(folder / FILE, size, head)
+
+    def finish(folder: Path) -> None:
+        pool = FilePool()
+        for side in options.side_files:
+            write_bytes(folder / side.name, side.read(pool))
+        pool.close()
+        write_json(folder / "config.json", raw)
+
+    return Sink("learngene", config, share_names(stored, config, ids, FILE), {FILE: size}, prepare, finish)
