@@ -69,8 +69,7 @@ def compare_manifest(source: Source, hashes: Mapping[str, TensorHash]) -> list[D
     for name in dict.fromkeys([*found, *(key for key in hashes if ":" not in key)]):
         mine, other = found.get(name), hashes.get(name)
         if mine is None or other is None:
-            states = ("absent" if one is None else "present" for one in (mine, other))
-            differences.append(Difference(name, "missing", *states))
+            differences.append(Difference(name, "missing", _state(mine), _state(other)))
         elif mine != other:
             differences.append(Difference(name, "hash", f"{mine.dtype} {mine.xxh3}", f"{other.dtype} {other.xxh3}"))
     return differences
@@ -79,7 +78,7 @@ def compare_manifest(source: Source, hashes: Mapping[str, TensorHash]) -> list[D
 def _compare_tensor(left: Source, right: Source, name: str) -> Difference | None:
     ours, theirs = left.tensors.get(_actual(left, name)), right.tensors.get(_actual(right, name))
     if ours is None or theirs is None:
-        return Difference(name, "missing", *("absent" if one is None else "present" for one in (ours, theirs)))
+        return Difference(name, "missing", _state(ours), _state(theirs))
     if ours.shape != theirs.shape:
         return Difference(name, "shape", str(list(ours.shape)), str(list(theirs.shape)))
     if ours.dtype != theirs.dtype:
@@ -108,3 +107,7 @@ def _compare_tensor(left: Source, right: Source, name: str) -> Difference | None
 
 def _actual(source: Source, name: str) -> str:
     return "embed.weight" if name == "head.weight" and source.config.tied else name
+
+
+def _state(one: object) -> str:
+    return "absent" if one is None else "present"

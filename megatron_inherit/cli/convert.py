@@ -21,7 +21,7 @@ def convert(
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16; default each tensor's own.")] = "",
     dialect: Annotated[str, typer.Option(help="Variant of the format, where it has several.")] = "",
     vocab_multiple: Annotated[
-        int, typer.Option(min=1, help="Pad the vocabulary to a multiple of this times tp.")
+        int, typer.Option(min=1, help="The vocabulary is padded to a multiple of this times tp.")
     ] = 128,
     iteration: Annotated[int, typer.Option(min=0, help="Number in the names of training formats.")] = 0,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of a Hugging Face folder.")] = "5GB",

@@ -33,7 +33,7 @@ def plan_conversion(
     if optimizer:
         ops += optimizer_ops({op.target: op.source for op in ops}, source)
     return TransferPlan(
-        title=f"{source.path} ({source.format}) as {layout.format}",
+        title=f"the model of {source.path} ({source.format}) as {layout.format}",
         config=source.config,
         layout=layout,
         ops=tuple(ops),
