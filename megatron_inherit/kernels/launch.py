@@ -1,0 +1,48 @@
+"""How wide a kernel's tile is and how many programs run it."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+
+INTERPRETER_PROCESSORS = 2
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return INTERPRETER_PROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """Gives [rows, width] with the last dimension dense, a view wherever the strides allow it."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(1) == 1 or flat.shape[1] <= 1 else flat.contiguous()
+
+
+def tile(width: int, *, elements: int = 2048, widest: int = 1 << 15) -> tuple[int, int]:
+    """Gives the rows and columns of a tile: whole rows up to ``widest``, several where they are short.
+
+    Args:
+        width: Elements of a row.
+        elements: Fewest elements of a tile.
+        widest: Most columns of a tile.
+    """
+    columns = min(triton.next_power_of_2(width), widest)
+    return max(1, elements // columns), columns
+
+
+def warps(elements: int) -> int:
+    """Gives the warps for a tile: 16 elements a thread, 4 warps at least, 32 at most."""
+    return min(32, max(4, elements // 512))
+
+
+def resident_programs(device: torch.device, num_warps: int) -> int:
+    """Gives a number of programs that all run at once at up to 128 registers a thread: 16 warps a multiprocessor.
+
+    A reduction over rows keeps one partial sum a program, so programs must be few, equal and all resident.
+    """
+    return _processors(device) * max(1, 16 // num_warps)
