@@ -18,6 +18,7 @@ class RunState:
         seconds: Wall time of all sessions, what a crash lost left out.
         skipped_steps: Steps whose gradient was not finite.
         bad_steps: Spikes and skipped steps in a row up to now.
+        bad_since: First sample of the first of them.
         losses: Last losses, oldest first, from which a spike is told.
     """
 
@@ -27,6 +28,7 @@ class RunState:
     seconds: float = 0.0
     skipped_steps: int = 0
     bad_steps: int = 0
+    bad_since: int = 0
     losses: tuple[float, ...] = ()
 
     def to_json(self) -> dict[str, Any]:

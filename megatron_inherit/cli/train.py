@@ -1,0 +1,48 @@
+"""``minherit train``: pretrains from a recipe, alone or as one process of torchrun, deepspeed or srun."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Annotated
+
+import typer
+
+from megatron_inherit.base import log
+from megatron_inherit.base.errors import UsageError
+from megatron_inherit.base.ranks import adopt_launcher
+
+app = typer.Typer(help="Pretrain from a recipe.", rich_markup_mode=None, no_args_is_help=True)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="Recipe name or path of a YAML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key.path=value words, such as optimizer.lr=1e-4.")
+    ] = None,
+    resume: Annotated[
+        str, typer.Option(help="auto: go on from the newest whole checkpoint; never: refuse one.")
+    ] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, show what would run, and stop.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="Write a torch trace of a few steps.")] = False,
+) -> None:
+    """Pretrain from a recipe; run again to go on after an interruption."""
+    if resume not in ("auto", "never"):
+        raise UsageError(f"--resume {resume} is unknown.", expected="auto or never")
+    before = os.environ.get("RANK")
+    adopt_launcher(os.environ)
+    if os.environ.get("RANK") != before:
+        log.set_up(verbose=os.environ.get("MINHERIT_DEBUG") == "1")
+    from megatron_inherit.config.load import load_recipe, to_yaml
+    from megatron_inherit.train.preflight import plan_run
+
+    plan = plan_run(load_recipe(recipe, overrides or []))
+    if dry_run:
+        typer.echo(to_yaml(plan.config) + "# " + json.dumps(plan.summary()))
+        return
+    from megatron_inherit.train.loop import train as run_loop
+    from megatron_inherit.train.session import open_session
+
+    with open_session(plan, resume="never" if resume == "never" else "auto", profile=profile) as session:
+        run_loop(session)

@@ -1,0 +1,204 @@
+"""A run's folder: who holds it, what it was told to do, where it ran and how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_inherit.base.atomic import disk_error, write_json
+from megatron_inherit.base.errors import UsageError
+from megatron_inherit.base.log import get_logger
+
+logger = get_logger(__name__)
+
+LOCK, STATUS = "run.lock", "exit_status.json"
+FOREIGN_LOCK_SECONDS = 300.0
+"""Without a sign of life for so long another machine's lock is taken over."""
+_PACKAGES = ("torch", "megatron-core", "deepspeed", "transformers", "triton", "numpy", "safetensors", "pydantic")
+
+
+def prepare_folder(folder: Path) -> None:
+    """Creates a run's folder and tries to write in it.
+
+    Raises:
+        DiskError: It cannot be created or written.
+    """
+    probe = folder / f".probe-{uuid.uuid4().hex[:8]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("probe")
+        probe.unlink()
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UsageError(f"{folder} is a file, not a folder.", fix="Set run.output to another path.") from error
+    except OSError as error:
+        raise disk_error(error, folder) from error
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[RunLock]:
+    """Holds a run's folder against a second job; only rank 0 asks.
+
+    Raises:
+        UsageError: Another job that seems to live holds it.
+    """
+    lock = RunLock(folder)
+    lock.acquire()
+    try:
+        yield lock
+    finally:
+        lock.release()
+
+
+class RunLock:
+    """A file that names the host and the process that write into a folder.
+
+    The file stays; an empty one is free. A lock of this host is stale when its process is gone, or is another one that
+    got the same number; one of another host when it was not touched for ``FOREIGN_LOCK_SECONDS`` of the file system's
+    own clock.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / LOCK
+        self._mine = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": process_start(os.getpid()),
+            "token": uuid.uuid4().hex,
+        }
+
+    def acquire(self) -> None:
+        """Takes the lock, from a dead holder too.
+
+        Raises:
+            UsageError: Its holder seems to live.
+        """
+        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+        with os.fdopen(descriptor, "r+") as file:
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_EX)
+            holder = _parse(file.read())
+            if holder and self._lives(holder):
+                raise UsageError(
+                    f"Another job writes into {self.path.parent}.",
+                    got=f"process {holder.get('pid')} on {holder.get('host')}",
+                    fix=f"Wait for it, set run.output to another folder, or delete {self.path} if that job is dead.",
+                )
+            if holder:
+                logger.warning("Taking over the lock of process %s on %s.", holder.get("pid"), holder.get("host"))
+            file.seek(0)
+            file.truncate()
+            json.dump(self._mine, file)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def touch(self) -> None:
+        """Shows a sign of life to other hosts."""
+        with contextlib.suppress(OSError):
+            os.utime(self.path)
+
+    def release(self) -> None:
+        """Frees the folder, unless somebody took the lock over."""
+        with contextlib.suppress(OSError):
+            if _parse(self.path.read_text()).get("token") == self._mine["token"]:
+                self.path.write_text("")
+
+    def _lives(self, holder: dict[str, Any]) -> bool:
+        if holder.get("host") == self._mine["host"]:
+            started = process_start(int(holder.get("pid", 0)))
+            return started is not None and started == holder.get("started")
+        probe = self.path.with_name(f".clock-{uuid.uuid4().hex[:8]}")
+        probe.touch()
+        now = probe.stat().st_mtime
+        probe.unlink()
+        return now - self.path.stat().st_mtime < FOREIGN_LOCK_SECONDS
+
+
+def process_start(pid: int) -> str | None:
+    """Gives what tells a process from a later one of the same number; None if there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        pass
+    if Path("/proc/self").exists():
+        return None
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return "unknown"
+    except OSError:
+        return None
+    return "unknown"
+
+
+def write_exit_status(folder: Path, *, code: int, reason: str) -> None:
+    """Says how the run ended, where a launcher that hides exit codes cannot.
+
+    The first word of a session stands, unless it was only that some other rank was lost.
+
+    Args:
+        folder: The run's folder.
+        code: Exit code as in ``base.errors``.
+        reason: One line.
+    """
+    path = folder / STATUS
+    if code == 1 and path.exists():
+        return
+    rank = int(os.environ.get("RANK", "0"))
+    with contextlib.suppress(Exception):
+        write_json(
+            path,
+            {
+                "exit_code": code,
+                "reason": reason,
+                "rank": rank,
+                "host": socket.gethostname(),
+                "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            },
+        )
+
+
+def clear_exit_status(folder: Path) -> None:
+    """Forgets how the session before ended."""
+    (folder / STATUS).unlink(missing_ok=True)
+
+
+def environment(**facts: Any) -> dict[str, Any]:
+    """Describes machine and software.
+
+    Args:
+        facts: Further entries: device, world size, parameters.
+    """
+    versions = {"python": platform.python_version()}
+    for name in ("megatron-inherit", *_PACKAGES):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {
+        **facts,
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "command": " ".join(sys.argv),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "versions": versions,
+    }
+
+
+def _parse(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text) if text.strip() else {}
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,367 @@
+"""Opens everything a run needs, in the order in which it can fail cheapest, and closes it again."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from megatron_inherit.base.atomic import write_json, write_text
+from megatron_inherit.base.errors import DiskError, DivergedError, MinheritError, PreemptedError
+from megatron_inherit.base.log import get_logger
+from megatron_inherit.checkpoint.stream import SideFile
+from megatron_inherit.config.load import config_hash, to_yaml
+from megatron_inherit.train.checkpointing import KeepPolicy, Saver, remove_leftovers, require_checkpoint_space
+from megatron_inherit.train.loggers import open_loggers
+from megatron_inherit.train.metrics import MetricsLog, Speedometer, speedometer
+from megatron_inherit.train.pace import Pace
+from megatron_inherit.train.preflight import RunPlan
+from megatron_inherit.train.profiling import Profiler
+from megatron_inherit.train.resume import Identity, refuse_existing
+from megatron_inherit.train.run_folder import (
+    clear_exit_status,
+    environment,
+    locked,
+    prepare_folder,
+    write_exit_status,
+)
+from megatron_inherit.train.signals import StopRequest
+from megatron_inherit.train.spikes import SpikePolicy
+from megatron_inherit.train.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from megatron_inherit.data.loader import Loader
+    from megatron_inherit.data.windows import EvalWindows
+    from megatron_inherit.engines.base import Engine
+
+logger = get_logger(__name__)
+
+Resume = Literal["auto", "never"]
+SKIPPED = "skipped_samples.json"
+
+
+@dataclass
+class Session:
+    """What the loop works with; only ``skipped`` changes.
+
+    Attributes:
+        plan: The resolved recipe.
+        engine: The model with its optimizer.
+        loader: Samples by index.
+        windows: Evaluation windows, or None.
+        identity: What a checkpoint must share with this run.
+        saver, metrics, meter, watchdog, stop, pace, spikes, profiler: The loop's helpers.
+        resume: Whether checkpoints that are there are continued.
+        skipped: Ranges of samples that rollbacks gave up, kept in a file of the run's folder.
+    """
+
+    plan: RunPlan
+    engine: Engine
+    loader: Loader
+    windows: EvalWindows | None
+    identity: Identity
+    saver: Saver
+    metrics: MetricsLog
+    meter: Speedometer
+    watchdog: Watchdog
+    stop: StopRequest
+    pace: Pace
+    spikes: SpikePolicy
+    profiler: Profiler
+    resume: Resume = "auto"
+    skipped: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def is_first(self) -> bool:
+        """Tells whether this is the rank that writes and speaks."""
+        return self.engine.topology.rank == 0
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.plan.output / "checkpoints"
+
+
+@contextlib.contextmanager
+def open_session(plan: RunPlan, *, resume: Resume = "auto", profile: bool = False) -> Iterator[Session]:
+    """Opens a run: folder, lock and disk first, then data, then the engine.
+
+    Args:
+        plan: The resolved recipe.
+        resume: ``never`` refuses a folder that has checkpoints.
+        profile: Traces some steps.
+
+    Raises:
+        MinheritError: Whatever forbids the first step.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    with contextlib.ExitStack() as stack:
+        beat = _hold_folder(stack, plan, resume) if rank == 0 else None
+        _ = stack.enter_context(_exit_status(plan.output))
+        stop = stack.enter_context(StopRequest())
+        guard = plan.config.guard
+        watchdog = Watchdog(
+            plan.output / "heartbeats",
+            rank=rank,
+            world_size=plan.world_size,
+            timeout=guard.watchdog_seconds,
+            beat=beat,
+            on_silence=lambda sentence: _end(plan.output, sentence),
+        )
+        loader, windows = _open_data(plan, rank)
+        engine = stack.enter_context(_engine(plan))
+        stack.enter_context(watchdog)
+        identity = _identity(plan, loader)
+        session = Session(
+            plan=plan,
+            engine=engine,
+            loader=loader,
+            windows=windows,
+            identity=identity,
+            saver=_saver(plan, engine, loader),
+            metrics=_metrics(plan, rank),
+            meter=_meter(plan),
+            watchdog=watchdog,
+            stop=stop,
+            pace=Pace(guard.straggler_score),
+            spikes=SpikePolicy(guard.spike_window, guard.spike_sigma, guard.spike_patience),
+            profiler=_profiler(plan, rank, profile),
+            resume=resume,
+            skipped=_read_skipped(plan.output),
+        )
+        if rank == 0:
+            _describe(session)
+        stack.callback(session.saver.close)
+        stack.callback(session.metrics.close)
+        with _lost_ranks_named(session):
+            yield session
+
+
+def write_skipped(folder: Path, ranges: list[tuple[int, int]]) -> None:
+    """Keeps the ranges of samples that were given up."""
+    write_json(folder / SKIPPED, ranges)
+
+
+def _hold_folder(stack: contextlib.ExitStack, plan: RunPlan, resume: Resume) -> Any:
+    """Takes the folder for this job, before anything in it is touched; gives the lock's sign of life."""
+    prepare_folder(plan.output)
+    lock = stack.enter_context(locked(plan.output))
+    checkpoints = plan.output / "checkpoints"
+    if resume == "never":
+        refuse_existing(checkpoints)
+    require_checkpoint_space(plan.output, plan.checkpoint_bytes)
+    clear_exit_status(plan.output)
+    checkpoints.mkdir(exist_ok=True)
+    remove_leftovers(checkpoints)
+    write_text(plan.output / "run.yaml", to_yaml(plan.config))
+    return lock.touch
+
+
+@contextlib.contextmanager
+def _exit_status(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        write_exit_status(folder, code=130, reason="interrupted")
+        raise
+    except MinheritError as error:
+        write_exit_status(folder, code=error.exit_code, reason=str(error))
+        raise
+    except Exception as error:
+        write_exit_status(folder, code=1, reason=f"{type(error).__name__}: {error}")
+        raise
+    if int(os.environ.get("RANK", "0")) == 0:
+        write_exit_status(folder, code=0, reason="done")
+
+
+@contextlib.contextmanager
+def _engine(plan: RunPlan) -> Iterator[Engine]:
+    """Builds the engine; leaves its process groups only if all ranks come to that point."""
+    from megatron_inherit.engines.create import create_engine
+
+    source = plan.source if plan.config.model.init == "weights" else None
+    engine = create_engine(plan.config.engine, plan.options, plan.model, source=source, seed=plan.config.run.seed)
+    together = False
+    try:
+        yield engine
+        together = True
+    except (PreemptedError, DivergedError, DiskError):
+        together = True
+        raise
+    finally:
+        if together or plan.world_size == 1:
+            engine.close()
+
+
+@contextlib.contextmanager
+def _lost_ranks_named(session: Session) -> Iterator[None]:
+    """Turns what a collective raises when a rank dies into a sentence that names the rank."""
+    try:
+        yield
+    except MinheritError:
+        raise
+    except RuntimeError as error:
+        lost = session.watchdog.lost() if session.plan.world_size > 1 else []
+        if not lost:
+            raise
+        names = ", ".join(f"rank {h.rank} (process {h.pid} on {h.host}, step {h.step}, {h.phase})" for h in lost)
+        raise MinheritError(
+            f"Lost {names}.", fix="See that process's own messages; the run resumes from its last checkpoint."
+        ) from error
+
+
+def _end(folder: Path, sentence: str) -> None:
+    logger.error(sentence)
+    write_exit_status(folder, code=1, reason=sentence)
+    os._exit(1)
+
+
+def _open_data(plan: RunPlan, rank: int) -> tuple[Loader, EvalWindows | None]:
+    from megatron_inherit.data.loader import LoaderOptions, open_loader
+    from megatron_inherit.data.windows import EvalWindows
+
+    data, train = plan.config.data, plan.config.train
+    loader = open_loader(
+        LoaderOptions(
+            path=data.path,
+            sequence_length=train.sequence_length,
+            seed=plan.config.run.seed if data.seed is None else data.seed,
+            epochs=data.epochs,
+            boundary=data.boundary,
+            split=data.split,
+            shuffle=data.shuffle,
+            vocab_size=plan.model.vocab_size,
+            verify=data.verify if rank == 0 else "none",
+        )
+    )
+    loader.require(plan.total_samples)
+    path = plan.config.eval.windows
+    windows = None if path is None else EvalWindows.load(path)
+    if windows is not None:
+        _check_windows(windows, plan)
+    return loader, windows
+
+
+def _check_windows(windows: EvalWindows, plan: RunPlan) -> None:
+    from megatron_inherit.base.errors import DataError
+
+    length, largest = windows.tokens.shape[1] - 1, int(windows.tokens.max())
+    if largest >= plan.model.vocab_size:
+        raise DataError(
+            f"{plan.config.eval.windows} holds token ids beyond the model's vocabulary.",
+            got=largest,
+            expected=f"below {plan.model.vocab_size}",
+        )
+    if length > plan.model.max_positions:
+        raise DataError(
+            f"The windows of {plan.config.eval.windows} are longer than the model's positions.",
+            got=length,
+            expected=f"at most {plan.model.max_positions}",
+        )
+
+
+def _identity(plan: RunPlan, loader: Loader) -> Identity:
+    tokenizer = loader.stream.tokenizer
+    return Identity(
+        model=plan.model.to_json(),
+        tokenizer="" if tokenizer is None else tokenizer.fingerprint,
+        data=loader.stream.fingerprint,
+        order=loader.fingerprint,
+    )
+
+
+def _saver(plan: RunPlan, engine: Engine, loader: Loader) -> Saver:
+    section = plan.config.checkpoint
+    token = engine.gather_text(os.urandom(4).hex())[0]
+    return Saver(
+        plan.output / "checkpoints",
+        engine,
+        token=token,
+        keep=KeepPolicy(section.keep_last, section.keep_every_steps),
+        asynchronous=section.asynchronous,
+        side_files=_side_files(plan, loader),
+    )
+
+
+def _side_files(plan: RunPlan, loader: Loader) -> tuple[SideFile, ...]:
+    """Takes the model's tokenizer and licence; a preset's model takes the tokenizer of its data."""
+    if plan.source is not None and plan.source.side_files:
+        return plan.source.side_files
+    path = Path(loader.stream.tokenizer.path) if loader.stream.tokenizer is not None else None
+    if path is None or not path.exists():
+        return ()
+    from megatron_inherit.checkpoint.files import file_pool
+    from megatron_inherit.checkpoint.formats.hf import side_files
+
+    if path.is_file():
+        return (SideFile(path.name, str(path)),)
+    with file_pool() as pool:
+        return side_files(pool, str(path))
+
+
+def _metrics(plan: RunPlan, rank: int) -> MetricsLog:
+    if rank:
+        return MetricsLog(None)
+    section, recipe = plan.config.logging, plan.config.model_dump(mode="json")
+    loggers = open_loggers(
+        section.loggers, plan.output, project=section.project, run=plan.config.run.name, config=recipe
+    )
+    return MetricsLog(plan.output, loggers)
+
+
+def _device_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def _meter(plan: RunPlan) -> Speedometer:
+    section = plan.config.logging
+    return speedometer(
+        plan.model,
+        sequence_length=plan.config.train.sequence_length,
+        formula=section.flops_formula,
+        world_size=plan.world_size,
+        device_name=_device_name(),
+        peak_tflops=section.peak_tflops,
+    )
+
+
+def _profiler(plan: RunPlan, rank: int, profile: bool) -> Profiler:
+    folder = plan.output / "profile" if profile else None
+    steps = plan.config.logging.profile_steps
+    return Profiler(folder, rank=rank, steps=steps, session_steps=plan.total_steps)
+
+
+def _read_skipped(folder: Path) -> list[tuple[int, int]]:
+    path = folder / SKIPPED
+    return [tuple(pair) for pair in json.loads(path.read_text())] if path.exists() else []
+
+
+def _describe(session: Session) -> None:
+    plan = session.plan
+    write_json(
+        plan.output / "environment.json",
+        environment(
+            device=_device_name(),
+            world_size=plan.world_size,
+            num_layers=plan.model.num_layers,
+            parameters=plan.parameters,
+            mfu_formula=session.meter.formula,
+        ),
+    )
+    source = plan.source
+    write_json(
+        plan.output / "manifest.json",
+        {
+            "kind": "run",
+            "config_hash": config_hash(plan.config),
+            "started_from": None if source is None else {"path": source.path, "identity": dict(source.identity)},
+            "identity": session.identity.to_json(),
+            "evaluation": None if session.windows is None else session.windows.fingerprint,
+        },
+    )

@@ -1,0 +1,180 @@
+"""Finds the rank that hangs or died: every rank's thread shows signs of life in a file, and reads those of others.
+
+A thread goes on while its main thread waits in a collective, but not while the process is stopped or gone. So of the
+ranks of a run that stands still, the one without signs of life is at fault; if all live, the one furthest behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_inherit.base.log import get_logger
+from megatron_inherit.train.run_folder import process_start
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """A rank's last sign of life.
+
+    Attributes:
+        age: Seconds since it was given, less those of the reader's own, by the file system's clock.
+        step, phase: What it was doing.
+        dead: It ran on this host and is gone.
+    """
+
+    rank: int
+    host: str
+    pid: int
+    step: int
+    phase: str
+    age: float
+    dead: bool
+
+
+class Watchdog:
+    """Watches over this rank's progress from a thread.
+
+    Args:
+        folder: ``heartbeats`` of the run, on a file system that all ranks see.
+        rank: This process's.
+        world_size: Number of ranks.
+        timeout: Seconds without progress after which the run is ended.
+        beat: Called with every sign of life.
+        on_silence: Called with a sentence that names the silent rank; default ends the process with code 1.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        rank: int,
+        world_size: int,
+        timeout: float,
+        beat: Callable[[], None] | None = None,
+        on_silence: Callable[[str], None] | None = None,
+    ) -> None:
+        self.folder, self.rank, self.world_size, self.timeout = Path(folder), rank, world_size, timeout
+        self.interval = min(30.0, max(0.2, timeout / 8))
+        self._beat, self._on_silence = beat, on_silence or _end_process
+        self._step, self._phase, self._since = 0, "start", time.monotonic()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._write()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=5)
+        with contextlib.suppress(OSError):
+            self._path(self.rank).unlink()
+
+    def progress(self, step: int, phase: str) -> None:
+        """Notes that the loop came to a phase of a step."""
+        self._step, self._phase, self._since = step, phase, time.monotonic()
+
+    def heartbeats(self) -> list[Heartbeat]:
+        """Reads all ranks' signs of life."""
+        self._write()
+        now = self._path(self.rank).stat().st_mtime
+        found = (self._read(rank, now) for rank in range(self.world_size))
+        return [heartbeat for heartbeat in found if heartbeat is not None]
+
+    def lost(self) -> list[Heartbeat]:
+        """Gives the ranks that died or show no sign of life; waits a little for a death to become visible."""
+        deadline = time.monotonic() + 3.0
+        while True:
+            gone = [h for h in self.heartbeats() if h.rank != self.rank and (h.dead or h.age > 3 * self.interval + 2)]
+            if gone or time.monotonic() > deadline:
+                return gone
+            time.sleep(0.1)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self.interval):
+            try:
+                self._write()
+                if self._beat is not None:
+                    self._beat()
+                if time.monotonic() - self._since > self.timeout and not self._stop.is_set():
+                    heartbeats = self.heartbeats()
+                    self._on_silence(self._sentence(heartbeats))
+                    return
+            except OSError as error:
+                logger.debug("No sign of life could be written: %s", error)
+
+    def _sentence(self, heartbeats: list[Heartbeat]) -> str:
+        silent = [h for h in heartbeats if h.rank != self.rank and (h.dead or h.age > 2 * self.interval + 1)]
+        if not silent and heartbeats:
+            behind = min(h.step for h in heartbeats)
+            silent = [h for h in heartbeats if h.step == behind]
+        if len(silent) == len(heartbeats):
+            silent = [h for h in heartbeats if h.rank == self.rank]
+        for heartbeat in silent:
+            _kill(heartbeat, self.rank)
+        names = "; ".join(
+            f"rank {h.rank} (process {h.pid} on {h.host}) {'is gone' if h.dead else 'is silent'} since step {h.step}, "
+            f"phase {h.phase}"
+            for h in silent
+        )
+        return f"No progress for {self.timeout:g} s: {names}."
+
+    def _path(self, rank: int) -> Path:
+        return self.folder / f"rank_{rank:05d}.json"
+
+    def _write(self) -> None:
+        value = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": process_start(os.getpid()),
+            "step": self._step,
+            "phase": self._phase,
+        }
+        path = self._path(self.rank)
+        draft = path.with_suffix(f".{threading.get_ident()}")
+        draft.write_text(json.dumps(value))
+        os.replace(draft, path)
+
+    def _read(self, rank: int, now: float) -> Heartbeat | None:
+        try:
+            path = self._path(rank)
+            value = json.loads(path.read_text())
+            age = max(0.0, now - path.stat().st_mtime)
+        except (OSError, ValueError):
+            return None
+        here = value["host"] == socket.gethostname()
+        dead = here and _is_gone(value["pid"], value["started"])
+        return Heartbeat(rank, value["host"], value["pid"], value["step"], value["phase"], age, dead)
+
+
+def _is_gone(pid: int, started: str | None) -> bool:
+    """Tells whether a process of this host ended; one that nobody has waited for yet counts as ended."""
+    with contextlib.suppress(OSError, IndexError):
+        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in ("Z", "X"):
+            return True
+    return process_start(pid) != started
+
+
+def _kill(heartbeat: Heartbeat, own_rank: int) -> None:
+    """Ends a silent process of this host, which may be stopped and would hear nothing else."""
+    if heartbeat.rank != own_rank and heartbeat.host == socket.gethostname() and not heartbeat.dead:
+        with contextlib.suppress(OSError):
+            os.kill(heartbeat.pid, signal.SIGKILL)
+
+
+def _end_process(sentence: str) -> None:
+    logger.error(sentence)
+    os._exit(1)
