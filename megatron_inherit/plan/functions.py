@@ -57,6 +57,23 @@ def quantise(tensors: Sequence[numpy.ndarray], *, bits: int) -> numpy.ndarray:
     return np.round(tensors[0] / step) * step
 
 
+def prune(tensors: Sequence[numpy.ndarray], *, keep: int, of: int) -> numpy.ndarray:
+    """Zeroes all but the ``keep`` largest magnitudes of every ``of`` neighbours in a row (2:4 is what GPUs speed up).
+
+    Of equal magnitudes the first is kept.
+    """
+    import numpy as np
+
+    rows, columns = tensors[0].shape
+    if columns % of:
+        raise PlanError(f"{keep}:{of} pruning needs columns in groups of {of}.", got=columns)
+    groups = tensors[0].reshape(rows, columns // of, of)
+    order = np.argsort(-np.abs(groups), axis=2, kind="stable")[:, :, :keep]
+    mask = np.zeros(groups.shape, dtype=bool)
+    np.put_along_axis(mask, order, True, axis=2)
+    return np.where(mask, groups, 0.0).reshape(rows, columns)
+
+
 FUNCTIONS: dict[str, Function] = {
     "scale": scale,
     "mean": mean,
@@ -64,6 +81,7 @@ FUNCTIONS: dict[str, Function] = {
     "index": index,
     "low_rank": low_rank,
     "quantise": quantise,
+    "prune": prune,
 }
 """Name in a plan -> function of float64 arrays."""
 

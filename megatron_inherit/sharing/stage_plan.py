@@ -95,6 +95,11 @@ class StagePlan:
         """How often each stage is applied, in order of first use."""
         return tuple(self.stages.count(stage) for stage in range(self.num_stages))
 
+    @property
+    def first_layers(self) -> tuple[int, ...]:
+        """The first layer of each stage."""
+        return tuple(self.stages.index(stage) for stage in range(self.num_stages))
+
     def num_physical(self, component: Component) -> int:
         """Counts the stored copies of one component."""
         return max(self.ids(component)) + 1

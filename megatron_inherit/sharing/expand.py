@@ -1,0 +1,139 @@
+"""Descendants: models of any depth whose layers are copies of a learngene's stages, and share nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from megatron_inherit.base.errors import UsageError
+from megatron_inherit.checkpoint.stages import KEY
+from megatron_inherit.checkpoint.stream import Source
+from megatron_inherit.inherit.inheritune import plan_inheritance
+from megatron_inherit.plan.ops import Compute, Copy, Op
+from megatron_inherit.plan.plan import Layout, TransferPlan
+from megatron_inherit.sharing.compress import Method
+from megatron_inherit.sharing.learngene import require_plan
+from megatron_inherit.sharing.stage_plan import StagePlan
+
+RULES = ("front", "middle", "back", "even", "proportional")
+_FUNCTION: dict[Method, tuple[str, dict[str, int]]] = {
+    "int8": ("quantise", {"bits": 8}),
+    "int4": ("quantise", {"bits": 4}),
+    "2:4": ("prune", {"keep": 2, "of": 4}),
+}
+
+
+def place(plan: StagePlan, depth: int, rule: str) -> tuple[int, ...]:
+    """Chooses the stage of each layer of a descendant.
+
+    ``front``, ``middle`` and ``back`` give every stage depth // S layers and the remainder to the first, the central or
+    the last stages (the released code is ``front``); ``even`` spreads it; ``proportional`` follows the auxiliary's own
+    repeats, so that its own depth gives its own layout; else a list of stages such as ``0,0,1,2``.
+
+    Args:
+        plan: The auxiliary's.
+        depth: Layers of the descendant.
+        rule: Which.
+
+    Raises:
+        UsageError: The rule is unknown, does not fit the depth or a plan that is not contiguous.
+    """
+    if rule not in RULES:
+        return _explicit(plan, depth, rule)
+    stages, order = plan.num_stages, plan.stages
+    if rule == "proportional":
+        return tuple(order[layer * plan.num_layers // depth] for layer in range(depth))
+    if tuple(sorted(order)) != order:
+        raise UsageError(
+            f"The rule {rule} is for stages that follow one another, and {plan} returns to earlier ones.",
+            fix="Use --place proportional, or a list of stages.",
+        )
+    if rule == "even":
+        return tuple(layer * stages // depth for layer in range(depth))
+    if depth < stages:
+        raise UsageError(
+            f"{depth} layers cannot hold the {stages} stages of the learngene.",
+            fix="Say which stages to take: --place even, proportional, or a list such as 0,1,3.",
+        )
+    rest = depth % stages
+    first = {"front": 0, "middle": (stages - rest) // 2, "back": stages - rest}[rule]
+    counts = [depth // stages + (first <= stage < first + rest) for stage in range(stages)]
+    return tuple(stage for stage, count in enumerate(counts) for _ in range(count))
+
+
+def _explicit(plan: StagePlan, depth: int, text: str) -> tuple[int, ...]:
+    try:
+        chosen = tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise UsageError(
+            f"--place {text!r} is not understood.", expected=f"{', '.join(RULES)}, auto, or a list of stages"
+        ) from None
+    if len(chosen) != depth or not all(0 <= stage < plan.num_stages for stage in chosen):
+        raise UsageError(
+            f"--place {text} does not say the stage of each of the {depth} layers.",
+            expected=f"{depth} numbers from 0 to {plan.num_stages - 1}",
+        )
+    return chosen
+
+
+def candidates(plan: StagePlan, depth: int) -> dict[tuple[int, ...], str]:
+    """Lists the different placements that rules give for a depth, with the rule's name: what ``auto`` tries."""
+    found: dict[tuple[int, ...], str] = {}
+    for rule in RULES:
+        try:
+            found.setdefault(place(plan, depth, rule), rule)
+        except UsageError:
+            continue
+    return found
+
+
+def plan_descendant(
+    learngene: Source,
+    stages: Sequence[int],
+    *,
+    layout: Layout | None = None,
+    dtype: str | None = None,
+    compress: Method | None = None,
+) -> TransferPlan:
+    """Plans a descendant as an ordinary model in any checkpoint format.
+
+    Args:
+        learngene: A learngene, or the training checkpoint of an auxiliary.
+        stages: The stage of each layer.
+        layout: Format and layout of the output; default a Hugging Face folder.
+        dtype: Type of all weights; default the learngene's.
+        compress: Rounds or prunes the blocks' matrices on the way.
+    """
+    shared = require_plan(learngene)
+    raw = {name: value for name, value in (learngene.hf_config or {}).items() if name != KEY}
+    ordinary = dataclasses.replace(learngene, hf_config=raw or None)
+    layers = [shared.first_layers[stage] for stage in stages]
+    plan = plan_inheritance(ordinary, layers=layers, layout=layout, dtype=dtype)
+    counts = ",".join(str(list(stages).count(stage)) for stage in range(shared.num_stages))
+    title = f"a {len(stages)}-layer descendant of {learngene.path}, layers a stage {counts}"
+    return compressed(dataclasses.replace(plan, title=title), compress)
+
+
+def compressed(plan: TransferPlan, method: Method | None) -> TransferPlan:
+    """Rounds or prunes the matrices of the blocks that a plan copies; norms, biases and embeddings stay as they are.
+
+    Statistics are those of one matrix alone, so that a compressed learngene, expanded, is the compressed descendant.
+    """
+    if method is None:
+        return plan
+    ops = tuple(_compressed(op, method) for op in plan.ops)
+    return dataclasses.replace(plan, title=f"{plan.title}, {method}", ops=ops).check()
+
+
+def _compressed(op: Op, method: Method) -> Op:
+    if not isinstance(op, Copy) or not op.target.startswith("layers.") or len(op.shape) != 2:
+        return op
+    function, arguments = _FUNCTION[method]
+    return Compute(
+        target=op.target,
+        shape=op.shape,
+        dtype=op.dtype,
+        function=function,
+        sources=(op.source,),
+        arguments=dict(arguments),
+    )

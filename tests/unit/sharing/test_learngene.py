@@ -1,0 +1,202 @@
+"""Learngenes on disk: made from a teacher, read by every tool, expanded to any depth in any format."""
+
+import numpy as np
+import pytest
+
+from megatron_inherit.arch.presets import preset
+from megatron_inherit.base.errors import CheckpointError, ConfigError, UsageError
+from megatron_inherit.checkpoint.detect import open_source
+from megatron_inherit.inherit.inheritune import plan_fresh
+from megatron_inherit.plan.convert import plan_conversion
+from megatron_inherit.plan.execute import execute
+from megatron_inherit.plan.plan import Layout, TransferPlan
+from megatron_inherit.sharing.expand import candidates, compressed, place, plan_descendant
+from megatron_inherit.sharing.learngene import plan_auxiliary, plan_extraction, plan_of
+from megatron_inherit.sharing.stage_plan import contiguous, cycle, parse_plan
+
+PLAN = contiguous((2, 1, 3))
+HIERARCHICAL = parse_plan("attn=2,2;mlp=4;norm=unshared:4")
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return {name: make_teacher(tmp_path_factory.mktemp("teacher") / name, name) for name in ("llama-tiny", "gpt2-tiny")}
+
+
+def make_teacher(folder, name):
+    execute(plan_fresh(preset(name).with_layers(6), seed=3), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def learngene(tmp_path_factory, teacher):
+    folder = tmp_path_factory.mktemp("learngene") / "out"
+    with open_source(teacher["llama-tiny"]) as source:
+        execute(plan_auxiliary(source, PLAN, start="stepwise"), folder, source=source)
+    return folder
+
+
+def values(source, name):
+    return source.read(name).data.tobytes()
+
+
+@pytest.mark.parametrize("name", ["llama-tiny", "gpt2-tiny"])
+@pytest.mark.parametrize("plan", [PLAN, HIERARCHICAL, cycle(2, 3)], ids=str)
+def test_an_auxiliary_of_the_teachers_first_layers_stores_each_once(tmp_path, teacher, name, plan):
+    with open_source(teacher[name]) as source:
+        transfer = plan_auxiliary(source, plan, start="first")
+        assert TransferPlan.from_json(transfer.to_json()) == transfer
+        execute(transfer, tmp_path / "gene", source=source)
+        with open_source(tmp_path / "gene") as gene:
+            assert gene.format == "learngene"
+            assert plan_of(gene) == plan
+            assert gene.config.num_layers == plan.num_layers
+            for layer in range(plan.num_layers):
+                for inside, ids in (
+                    ("attn.q.weight", plan.attn),
+                    ("mlp.up.weight", plan.mlp),
+                    ("mlp_norm.weight", plan.norm),
+                ):
+                    assert values(gene, f"layers.{layer}.{inside}") == values(source, f"layers.{ids[layer]}.{inside}")
+            assert values(gene, "embed.weight") == values(source, "embed.weight")
+
+
+def test_starts_take_the_layers_they_say(tmp_path, teacher):
+    """Six teacher layers under stages 2, 1, 3: centres 0, 2, 4; first of each 0, 2, 3; means of each."""
+    with open_source(teacher["llama-tiny"]) as source:
+        array = lambda layer: source.read(f"layers.{layer}.mlp.up.weight").array()  # noqa: E731
+        mean = lambda layers: (sum(array(i).astype(np.float64) for i in layers) / len(layers)).astype(np.float32)  # noqa: E731
+        expected = {
+            "stepwise": [array(0), array(2), array(4)],
+            "lower": [array(0), array(2), array(3)],
+            "average": [mean([0, 1]), array(2), mean([3, 4, 5])],
+            "first": [array(0), array(1), array(2)],
+        }
+        for start, wanted in expected.items():
+            execute(plan_auxiliary(source, PLAN, start=start), tmp_path / start, source=source)
+            with open_source(tmp_path / start) as gene:
+                found = [gene.read(f"layers.{layer}.mlp.up.weight").array() for layer in PLAN.first_layers]
+            for got, want in zip(found, wanted, strict=True):
+                assert np.array_equal(got, want), start
+        execute(plan_auxiliary(source, PLAN, start="random", seed=5), tmp_path / "random", source=source)
+        with open_source(tmp_path / "random") as gene:
+            assert values(gene, "embed.weight") != values(source, "embed.weight")
+            assert values(gene, "layers.0.attn.q.weight") == values(gene, "layers.1.attn.q.weight")
+            assert values(gene, "layers.1.attn.q.weight") != values(gene, "layers.2.attn.q.weight")
+
+
+def test_extracting_a_learngene_gives_its_bytes(tmp_path, learngene):
+    with open_source(learngene) as source:
+        execute(plan_extraction(source), tmp_path / "again", source=source)
+    for name in ("learngene.safetensors", "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (learngene / name).read_bytes()
+
+
+@pytest.mark.parametrize("format", ["hf", "megatron"])
+def test_descendants_are_ordinary_models_of_any_depth(tmp_path, learngene, format):
+    with open_source(learngene) as source:
+        for depth in (3, 4, 8):
+            stages = place(PLAN, depth, "front")
+            execute(plan_descendant(source, stages, layout=Layout(format=format)), tmp_path / str(depth), source=source)
+            with open_source(tmp_path / str(depth), format=format) as made:
+                assert made.config == source.config.with_layers(depth)
+                assert "sws" not in (made.hf_config or {})
+                for layer, stage in enumerate(stages):
+                    first = PLAN.first_layers[stage]
+                    for inside in ("attn.o.weight", "mlp.gate.weight", "attn_norm.weight"):
+                        assert values(made, f"layers.{layer}.{inside}") == values(source, f"layers.{first}.{inside}")
+
+
+def test_any_tool_takes_a_learngene_as_the_whole_model(tmp_path, learngene):
+    with open_source(learngene) as source:
+        execute(plan_conversion(source), tmp_path / "whole", source=source)
+        with open_source(tmp_path / "whole") as whole:
+            assert whole.format == "hf"
+            assert plan_of(whole) is None
+            for name in source.tensors:
+                assert values(whole, name) == values(source, name)
+
+
+@pytest.mark.parametrize("method", ["int8", "int4", "2:4"])
+def test_compressing_before_or_after_expansion_is_the_same(tmp_path, learngene, method):
+    stages = place(PLAN, 5, "back")
+    with open_source(learngene) as source:
+        execute(compressed(plan_extraction(source), method), tmp_path / "small", source=source)
+        execute(plan_descendant(source, stages, compress=method), tmp_path / "after", source=source)
+        plain = values(source, "layers.0.mlp.up.weight")
+    with open_source(tmp_path / "small") as small:
+        assert values(small, "layers.0.mlp.up.weight") != plain
+        execute(plan_descendant(small, stages), tmp_path / "before", source=small)
+    before, after = (tmp_path / name / "model.safetensors" for name in ("before", "after"))
+    assert before.read_bytes() == after.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("rule", "depth", "counts"),
+    [
+        ("front", 12, (3, 3, 2, 2, 2)),
+        ("back", 12, (2, 2, 2, 3, 3)),
+        ("middle", 12, (2, 3, 3, 2, 2)),
+        ("even", 12, (3, 2, 3, 2, 2)),
+        ("proportional", 16, (3, 3, 4, 3, 3)),
+        ("even", 3, (1, 1, 0, 1, 0)),
+        ("0,0,1,4", 4, (2, 1, 0, 0, 1)),
+    ],
+)
+def test_placement_rules(rule, depth, counts):
+    stages = place(contiguous((3, 3, 4, 3, 3)), depth, rule)
+    assert len(stages) == depth
+    assert tuple(stages.count(stage) for stage in range(5)) == counts
+
+
+def test_the_released_example_is_front():
+    assert place(contiguous((3, 3, 4, 3, 3)), 12, "front") == (0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 4, 4)
+
+
+def test_own_depth_proportionally_is_the_own_layout():
+    for plan in (PLAN, cycle(3, 2), contiguous((3, 3, 4, 3, 3))):
+        assert place(plan, plan.num_layers, "proportional") == plan.stages
+
+
+def test_auto_tries_each_different_placement_once():
+    found = candidates(contiguous((2, 2, 2, 2)), 6)
+    assert set(found) == {(0, 0, 1, 1, 2, 3), (0, 1, 1, 2, 2, 3), (0, 1, 2, 2, 3, 3), (0, 0, 1, 2, 2, 3)}
+    assert len(candidates(contiguous((2, 2, 2, 2)), 8)) == 1
+
+
+@pytest.mark.parametrize(
+    ("rule", "depth", "message"),
+    [("front", 4, "cannot hold"), ("sideways", 5, "not understood"), ("0,1", 3, "each of the 3"), ("0,9", 2, "each")],
+)
+def test_impossible_placements_are_refused(rule, depth, message):
+    with pytest.raises(UsageError, match=message):
+        place(contiguous((3, 3, 4, 3, 3)), depth, rule)
+
+
+def test_a_cycle_has_no_front():
+    with pytest.raises(UsageError, match="follow one another"):
+        place(cycle(2, 2), 6, "front")
+
+
+def test_ordinary_models_have_no_learngene(teacher):
+    with open_source(teacher["llama-tiny"]) as source:
+        with pytest.raises(UsageError, match="no shared stages"):
+            plan_extraction(source)
+        with pytest.raises(ConfigError, match="more physical layers"):
+            plan_auxiliary(source, contiguous((1,) * 7), start="first")
+
+
+def test_a_damaged_plan_is_refused(tmp_path, learngene):
+    import json
+    import shutil
+
+    shutil.copytree(learngene, tmp_path / "bad")
+    raw = json.loads((learngene / "config.json").read_text())
+    for ids, message in (
+        (None, "does not say"),
+        ({"attn": [0], "mlp": [0], "norm": [0]}, "does not say"),
+        ({name: [0, 0, 1, 2, 2, 3] for name in ("attn", "mlp", "norm")}, "has no tensor sws.stages.3"),
+    ):
+        (tmp_path / "bad" / "config.json").write_text(json.dumps(raw | {"sws": ids}))
+        with pytest.raises(CheckpointError, match=message):
+            open_source(tmp_path / "bad")
