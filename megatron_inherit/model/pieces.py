@@ -107,14 +107,6 @@ def _by_group(boxes: list[Box], groups: int) -> Iterator[Box]:
             yield spec, (start[0] + group * rows, *start[1:]), (rows, *shape[1:])
 
 
-def local_numel(pieces: list[Piece], chunk: LanguageModel) -> int:
-    """Counts the elements of a parameter, padding rows included, without looking at it (ZeRO-3 hides its shape)."""
-    spec = pieces[0].spec
-    if spec.split == "vocab":
-        return chunk.vocab_size // chunk.tp_size * spec.shape[1]
-    return sum(piece.numel for piece in pieces)
-
-
 def _box(spec: TensorSpec, size: int, rank: int, padded: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     start, shape = [0] * len(spec.shape), list(spec.shape)
     if spec.split == "vocab":

@@ -1,0 +1,220 @@
+"""The DeepSpeed engine: ZeRO stages 0 to 3 around the same model, tensor parallelism by Megatron-Core's groups."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_inherit.arch.model_config import ModelConfig
+from megatron_inherit.data.loader import Batch
+from megatron_inherit.engines import ranks
+from megatron_inherit.engines.base import EngineOptions, Part, ReadPart, StepResult, Topology
+from megatron_inherit.engines.batches import count_tokens, equal_micro_batches, model_inputs
+from megatron_inherit.engines.deepspeed import shards
+from megatron_inherit.engines.deepspeed.adam import ClippedAdamW
+from megatron_inherit.engines.deepspeed.config import deepspeed_config, import_deepspeed, mpu_of
+from megatron_inherit.engines.parts import MOMENTS, Shard, decays, fill_flat, restore_shards, shard_parts
+from megatron_inherit.model.build import DTYPES, Parallel, build_chunks, decoder_config
+from megatron_inherit.model.cpu import cuda_means_cpu
+from megatron_inherit.model.groups import leave_processes, make_groups, start_processes
+from megatron_inherit.model.load import Reader, load_chunk
+from megatron_inherit.model.pieces import pieces_of
+
+
+class DeepSpeedEngine:
+    """One model whose replicas share out its optimizer, gradients or weights; see ``engines.base.Engine``.
+
+    Args:
+        options: How it is spread and stepped; checked by ``engines.check.check_options``.
+        config: The model.
+        read: Where the initial weights come from. Under ZeRO-3 each rank reads only the slices that it keeps.
+    """
+
+    def __init__(self, options: EngineOptions, config: ModelConfig, read: Reader) -> None:
+        self.options, self.config, self.updates = options, config, 0
+        self.device = start_processes(timeout_s=options.timeout_s)
+        self.groups = make_groups(tp=options.tp)
+        deepspeed = import_deepspeed()
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False, dist_init_required=False)
+        groups = self.groups
+        self.topology = Topology(
+            dist.get_rank(), dist.get_world_size(), groups.dp.rank(), groups.dp.size(), model_rank=groups.tp.rank()
+        )
+        ds_config = deepspeed_config(options, replicas=groups.dp.size())
+        self.model = self._build(deepspeed, ds_config)
+        pieces = pieces_of(self.model)
+        self.named = [(parameter, pieces[name]) for name, parameter in self.model.named_parameters()]
+        self._fill(read)
+        self._sum_over_tensor_ranks()
+        self.adam = self._adam()
+        mpu = mpu_of(groups) if options.tp > 1 else None
+        with cuda_means_cpu():
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=self.model, optimizer=self.adam, config=ds_config, mpu=mpu
+            )
+
+    def _build(self, deepspeed: Any, ds_config: dict[str, Any]) -> Any:
+        dtype = DTYPES[self.options.dtype]
+        parallel = Parallel(tp=self.options.tp, sequence_parallel=self.options.sequence_parallel)
+        core = decoder_config(self.config, parallel, dtype=dtype, recompute=self.options.recompute)
+        context: Any = contextlib.nullcontext()
+        if self.options.zero_stage == 3:
+            context = deepspeed.zero.Init(
+                config_dict_or_path=ds_config, dtype=dtype, data_parallel_group=self.groups.dp
+            )
+        with context:
+            return next(build_chunks(self.config, core, self.groups, self.device))
+
+    @torch.no_grad()
+    def _fill(self, read: Reader) -> None:
+        if self.options.zero_stage < 3:
+            load_chunk(self.model, read)
+            return
+        for shard in self._weights():
+            fill_flat(shard.values["weight"], shard, read)
+
+    def _sum_over_tensor_ranks(self) -> None:
+        """Adds up over tensor ranks the gradients of weights that each applies to its own share of activations."""
+        group = self.groups.tp
+        if group.size() == 1:
+            return
+
+        def add(gradient: torch.Tensor) -> torch.Tensor:
+            total = gradient.clone()
+            dist.all_reduce(total, group=group)
+            return total
+
+        for name, parameter in self.model.named_parameters():
+            own_heads = ".q_layernorm." in name or ".k_layernorm." in name
+            own_tokens = self.options.sequence_parallel and getattr(parameter, "sequence_parallel", False)
+            if own_heads or own_tokens:
+                parameter.register_hook(add)
+
+    def _adam(self) -> ClippedAdamW:
+        options = self.options
+        groups = [
+            {"params": [p for p, pieces in self.named if decays(pieces[0].spec) == decayed], "weight_decay": decay}
+            for decayed, decay in ((True, options.weight_decay), (False, 0.0))
+        ]
+        return ClippedAdamW(
+            groups,
+            clip=options.clip if options.zero_stage == 0 else 0.0,
+            tensor_group=self.groups.tp,
+            lr=0.0,
+            betas=options.betas,
+            eps=options.eps,
+            fused=True,
+        )
+
+    def train_step(self, micro_batches: Sequence[Batch], *, lr: float) -> StepResult:
+        """Runs one optimizer step on this replica's micro-batches of the global batch."""
+        replicas = self.topology.data_size
+        tokens = count_tokens(micro_batches)
+        if replicas > 1:
+            tokens = round(ranks.sum_over([tokens], self.groups.dp, self.device)[0])
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.train()
+        kept = []
+        for index, batch in enumerate(micro_batches):
+            self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+            loss = self.engine(**model_inputs(batch, self.device))
+            kept.append(loss.detach())
+            # DeepSpeed divides gradients by the number of replicas
+            self.engine.backward(loss * (replicas / max(tokens, 1)), scale_wrt_gas=False)
+        self.engine.step()
+        norm, applied = self._outcome()
+        self.updates += applied
+        total = self.reduce_sum([float(torch.stack(kept).double().sum())])[0]
+        return StepResult(total / max(tokens, 1), norm, tokens, skipped=not applied)
+
+    def _outcome(self) -> tuple[float, bool]:
+        if self.options.zero_stage == 0:
+            return self.adam.norm, self.adam.applied
+        return float(self.engine.get_global_grad_norm()), self.engine.was_step_applied()
+
+    @torch.no_grad()
+    def sequence_losses(self, batch: Batch) -> tuple[list[float], list[int]]:
+        """Sums the loss and counts the unmasked tokens of each sequence, in evaluation mode."""
+        self.engine.eval()
+        sums: list[float] = []
+        for piece in equal_micro_batches(batch, self.options.micro_batch, 1):
+            losses = self.engine(**model_inputs(piece, self.device), reduction="none")
+            sums += losses.double().sum(dim=1).tolist()
+        return sums[: len(batch)], batch.loss_mask.sum(axis=1).tolist()
+
+    @torch.no_grad()
+    def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Gives fp32 logits [batch, sequence, vocab_size] of int64 tokens [batch, sequence], on every rank."""
+        self.engine.eval()
+        local = self.engine(tokens=tokens.to(self.device)).float().nan_to_num(neginf=0.0).contiguous()
+        parts = [torch.empty_like(local) for _ in range(self.options.tp)]
+        dist.all_gather(parts, local, group=self.groups.tp)
+        return torch.cat(parts, dim=-1)[..., : self.config.vocab_size]
+
+    def _where(self) -> dict[str, int]:
+        return {"stage": self.options.zero_stage, "rank": self.topology.data_rank, "size": self.topology.data_size}
+
+    def _weights(self) -> Iterator[Shard]:
+        return shards.weight_shards(self.named, **self._where())
+
+    def _states(self) -> Iterator[Shard]:
+        return shards.state_shards(self.named, self.optimizer, **self._where())
+
+    def parts(self) -> Iterator[Part]:
+        """Yields this rank's share of the weights and optimizer state."""
+        found = shard_parts(itertools.chain(self._weights(), self._states()), model_rank=self.groups.tp.rank())
+        left_out = {"fp32"} if self.options.dtype == "fp32" else set()
+        left_out |= set() if self.updates else set(MOMENTS)
+        return (part for part in found if part.kind not in left_out)
+
+    def step_count(self) -> int:
+        """Tells how many updates the optimizer has applied."""
+        return self.updates
+
+    @torch.no_grad()
+    def restore(self, read: ReadPart, *, step_count: int) -> None:
+        """Sets weights and optimizer state from a stored state, whatever layout or engine wrote it."""
+        self.updates = step_count
+        self._prepare_moments(step_count)
+        restore_shards(itertools.chain(self._weights(), self._states()), read)
+        kept = getattr(self.optimizer, "persistent_parameters", [])
+        if kept:  # small ZeRO-3 weights that stay whole on each rank
+            kept[0].all_gather(kept)
+
+    def _prepare_moments(self, step_count: int) -> None:
+        for flat in shards.masters(self.optimizer):
+            state = self.adam.state[flat]
+            state["step"] = torch.tensor(float(step_count), dtype=torch.float32, device=flat.device)
+            for kind in MOMENTS:
+                state.setdefault(kind, torch.zeros_like(flat, requires_grad=False)).zero_()
+
+    def reduce_sum(self, values: Sequence[float]) -> list[float]:
+        """Adds values over the replicas, in float64, the same bits on every rank."""
+        return ranks.sum_over(values, self.groups.dp, self.device)
+
+    def any_rank(self, flag: bool) -> bool:
+        """Tells whether the flag is set on any rank."""
+        return ranks.any_rank(flag, self.device)
+
+    def gather_text(self, text: str) -> list[str]:
+        """Gives every rank's text on every rank, in order of ranks."""
+        return ranks.gather_text(text, self.device)
+
+    def weight_hash(self) -> str:
+        """Hashes this rank's weights; a constant under ZeRO-3, where no two ranks hold the same ones."""
+        return "" if self.options.zero_stage == 3 else ranks.hash_tensors([parameter for parameter, _ in self.named])
+
+    def barrier(self) -> None:
+        """Waits for all ranks."""
+        dist.barrier()
+
+    def close(self) -> None:
+        """Leaves the process groups, after a barrier."""
+        self.engine.destroy()
+        leave_processes()
