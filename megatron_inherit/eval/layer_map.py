@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 _BLOCK = re.compile(r"layers\.(\d+)\.(attn_norm|mlp_norm|attn|mlp)\.(q_norm|k_norm)?")
@@ -184,5 +185,17 @@ def _link(left: float, right: float) -> str:
 
 
 def map_of(inherit: Mapping[str, Any]) -> tuple[str, LayerMap] | None:
-    """Reads an inherit.json: the teacher's name and the picture, or None where there is no plan in it."""
-    return None
+    """Reads an inherit.json.
+
+    Returns:
+        The teacher's name and the picture, or None where there is no plan in it or the plan reads no teacher.
+    """
+    plan = inherit.get("plan") or {}
+    origin = plan.get("origin")
+    if not origin:
+        return None
+    ops = [op for op in plan["ops"] if ":" not in op["target"]]
+    origins = [
+        Origin(op["target"], op["op"], op.get("source") or next(iter(op.get("sources", ())), None)) for op in ops
+    ]
+    return Path(origin["path"]).name, draw_map(origins, teacher_layers=origin["config"]["num_layers"])

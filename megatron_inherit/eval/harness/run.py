@@ -1,0 +1,233 @@
+"""``minherit evaluate``: lm-eval on a checkpoint, offline, with errors and a comparison with published results."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from megatron_inherit.base.errors import DataError, UsageError
+from megatron_inherit.base.log import get_logger
+from megatron_inherit.base.optional import require
+from megatron_inherit.eval.harness.tasks import Suite, build_task, find_file, local_tasks, shots_of, suite
+from megatron_inherit.eval.hf_folder import load_model, load_tokenizer
+
+_log = get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One task's result.
+
+    Attributes:
+        value: Accuracy as a fraction, or a perplexity.
+        stderr: lm-eval's standard error, None where the metric has none.
+        items: Items that were scored.
+        published: Model -> (value, binomial standard error or None).
+    """
+
+    task: str
+    metric: str
+    shots: int
+    items: int
+    value: float
+    stderr: float | None
+    published: dict[str, tuple[float, float | None]] = field(default_factory=dict)
+
+
+def plan_tasks(
+    tasks: Sequence[str], suite_name: str | None, data_dir: Path | None, *, skip_missing: bool = False
+) -> tuple[list[str], Suite | None]:
+    """Settles which tasks run, before a model is loaded.
+
+    Raises:
+        UsageError: Nothing or too much is asked for, or a name is unknown.
+        DataError: A task's file is missing.
+    """
+    if bool(tasks) == bool(suite_name):
+        raise UsageError("Give either --tasks or --suite.", fix="For instance --tasks piqa,arc_easy --data-dir DIR.")
+    chosen = suite(suite_name) if suite_name else None
+    names = list(chosen.tasks) if chosen else list(tasks)
+    if data_dir is None:
+        return names, chosen
+    if not Path(data_dir).is_dir():
+        raise DataError(f"{data_dir} is not a folder.", fix="Give the folder of the tasks' files as --data-dir.")
+    missing = [name for name in names if not _there(name, Path(data_dir))]
+    if missing and not (skip_missing and len(missing) < len(names)):
+        files = "; ".join(f"{name}: {' or '.join(local_tasks()[name]['files'])}" for name in missing)
+        raise DataError(
+            f"Files of {len(missing)} of {len(names)} tasks are missing in {data_dir}.",
+            expected=files,
+            fix="Put them there, or pass --skip-missing to score the others.",
+        )
+    for name in missing:
+        _log.warning("Task %s is left out: its file is missing.", name)
+    return [name for name in names if name not in missing], chosen
+
+
+def evaluate(
+    model: Any,
+    tasks: Sequence[str],
+    *,
+    chosen: Suite | None = None,
+    data_dir: Path | None = None,
+    limit: int | None = None,
+    shots: int | None = None,
+) -> list[Row]:
+    """Scores a model.
+
+    Args:
+        model: An lm-eval ``LM``: of ``hf_model`` or ``engine_lm``.
+        tasks: Names: of tasks.yaml with ``data_dir``, of lm-eval without.
+        chosen: The suite whose published figures stand beside ours.
+        data_dir: Folder of local files.
+        limit: First items of each task only.
+        shots: Examples in the prompt, for lm-eval's own tasks.
+    """
+    quiet()
+    harness = require("lm_eval", "'minherit evaluate'")
+    from lm_eval.tasks import TaskManager
+
+    built: list[Any] = [build_task(name, data_dir) for name in tasks] if data_dir is not None else list(tasks)
+    with contextlib.redirect_stdout(sys.stderr):
+        results = harness.simple_evaluate(
+            model=model,
+            tasks=built,
+            limit=limit,
+            num_fewshot=None if data_dir is not None else shots,
+            task_manager=TaskManager(include_defaults=data_dir is None),
+            log_samples=False,
+            bootstrap_iters=1000,
+        )
+    return list(_rows(results, tasks, chosen, local=data_dir is not None))
+
+
+def quiet() -> None:
+    """Keeps lm-eval's notes about its own configuration, and its bars where nobody watches, off the screen."""
+    if not sys.stderr.isatty():
+        os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it when it is imported
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+
+def _there(name: str, data_dir: Path) -> bool:
+    try:
+        find_file(name, data_dir)
+    except DataError:
+        return False
+    return True
+
+
+def _rows(results: Any, tasks: Sequence[str], chosen: Suite | None, *, local: bool) -> Iterator[Row]:
+    for name in tasks:
+        found = results["results"].get(name, {})
+        values = {key.split(",")[0]: value for key, value in found.items() if isinstance(value, float | int)}
+        errors = {key: values.pop(key) for key in list(values) if key.endswith("_stderr")}
+        size = results["n-samples"].get(name, {}).get("effective", 0)
+        for metric, value in values.items():
+            if metric not in _METRICS:
+                continue
+            shown = "mc2" if name == "truthfulqa_mc2" else metric
+            error = errors.get(f"{metric}_stderr")
+            yield Row(
+                task=name,
+                metric=shown,
+                shots=shots_of(name) if local else int(results["n-shot"].get(name, 0)),
+                items=int(size),
+                value=float(value),
+                stderr=float(error) if isinstance(error, float | int) else None,
+                published=_published(chosen, name, shown),
+            )
+
+
+_METRICS = ("acc", "acc_norm", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "exact_match", "f1")
+
+
+def _published(chosen: Suite | None, task: str, metric: str) -> dict[str, tuple[float, float | None]]:
+    if chosen is None or chosen.tasks.get(task) != metric:
+        return {}
+    rows = chosen.published.items()
+    return {model: (values[task], chosen.error(task, values[task])) for model, values in rows if task in values}
+
+
+def to_json(
+    rows: Sequence[Row], *, checkpoint: str, chosen: Suite | None, limit: int | None, device: str
+) -> dict[str, Any]:
+    """Gives the results file: rows, what was scored, with what and when."""
+    import lm_eval
+    import torch
+    import transformers
+
+    versions = {"lm-eval": lm_eval.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return {
+        "checkpoint": checkpoint,
+        "suite": chosen.name if chosen else None,
+        "limit": limit,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else f"cpu ({platform.machine()})",
+        "versions": versions,
+        "published_names": list(chosen.published) if chosen else [],
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+def table(rows: Sequence[Row], chosen: Suite | None) -> list[list[str]]:
+    """Gives the comparison as lines of cells, the header first."""
+    names = list(chosen.published) if chosen else []
+    lines = [["task", "metric", "shots", "items", "value", *names]]
+    for row in rows:
+        cells = [row.task, row.metric, str(row.shots), str(row.items), _figure(row.value, row.stderr)]
+        lines.append(cells + [_figure(*row.published[name]) if name in row.published else "" for name in names])
+    return lines
+
+
+def _figure(value: float, error: float | None) -> str:
+    digits = 3 if abs(value) <= 1 else 2
+    return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
+
+
+def hf_model(folder: Path, *, device: str, dtype: str, batch_size: int | str = "auto") -> Any:
+    """Loads a Hugging Face folder as an lm-eval model, without the network.
+
+    Args:
+        folder: Model and tokenizer.
+        device: ``cpu`` or ``cuda``.
+        dtype: ``fp32`` or ``bf16``.
+        batch_size: Windows of full length in a batch; ``auto`` starts large on a GPU and halves when it does not fit,
+            and takes what the free memory holds on a CPU.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    quiet()
+    require("lm_eval", "'minherit evaluate'")
+    from megatron_inherit.eval.harness.lm import LARGEST_BATCH, LogitsModel, hf_logits
+
+    tokenizer = load_tokenizer(folder)
+    model = load_model(folder, device=device, dtype=dtype)
+    window = min(getattr(model.config, "max_position_embeddings", None) or 2048, 2048)
+    tokens = LARGEST_BATCH if batch_size == "auto" else int(batch_size) * window
+    if batch_size == "auto" and device == "cpu":
+        tokens = cpu_batch_tokens(model.config.vocab_size, free=_free_memory())
+    return LogitsModel(hf_logits(model), tokenizer, max_length=window, batch_tokens=tokens)
+
+
+def cpu_batch_tokens(vocab_size: int, *, free: int) -> int:
+    """Chooses the tokens of a batch on a CPU: a quarter of the free memory may go to logits in fp32, held twice.
+
+    Args:
+        vocab_size: Width of the logits.
+        free: Free memory in bytes.
+
+    Returns:
+        Between 256 and 8192: beyond that a CPU gains nothing.
+    """
+    return max(256, min(8192, free // 4 // (2 * 4 * vocab_size)))
+
+
+def _free_memory() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
