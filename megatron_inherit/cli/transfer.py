@@ -59,8 +59,8 @@ def run_transfer(
     if not as_json:
         typer.echo("\n".join(_summary(plan, sink, source)))
     texts = {"environment.json": json.dumps(collect_environment(), indent=2) + "\n"}
+    note = str(source.details.get("note", "")) if source else ""
     if plan.layout.format == "hf":
-        note = str(source.details.get("note", "")) if source else ""
         texts["README.md"] = model_card(plan, command=command_line(), note=note)
     with progress_bar(plan.weight_bytes, quiet=as_json) as advance:
         done = execute(
@@ -70,7 +70,7 @@ def run_transfer(
             overwrite=overwrite,
             threads=threads,
             texts=texts,
-            record={"command": command_line(), **(record or {})},
+            record={"command": command_line(), "note": note, **(record or {})},
             progress=advance,
             resume=resume,
         )

@@ -29,7 +29,7 @@ def model_card(plan: TransferPlan, *, command: str = "", note: str = "") -> str:
     head += [f"license: {origin.licence}"] if origin and origin.licence else []
     lines = [*head, "tags:", "- inheritune", "---", "", f"# {config.num_layers}-layer {config.family} model", ""]
     lines += [plan.title[0].upper() + plan.title[1:] + ".", ""]
-    lines += [f"Teacher: {note}.", ""] if note else []
+    lines += [f"The weights it was made from: {note}.", ""] if note else []
     lines += [
         "| | |",
         "|---|---|",

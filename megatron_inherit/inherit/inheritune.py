@@ -69,7 +69,7 @@ def plan_inheritance(
     used = {name for op in ops for name in op.inputs}
     origin_info = origin_of(source, optimizer=optimizer)
     return TransferPlan(
-        title=_title(source, layers, fresh, as_published),
+        title=_title(origin_info.name, source.config.num_layers, layers, fresh, as_published),
         config=config,
         layout=layout,
         ops=tuple(ops),
@@ -148,8 +148,8 @@ def _reason(name: str, layers: Sequence[int]) -> str:
     return "layer not chosen" if parts[0] == "layers" and int(parts[1]) not in layers else "reset"
 
 
-def _title(source: Source, layers: Sequence[int], fresh: set[Role], as_published: bool) -> str:
-    words = [f"{len(layers)} of {source.config.num_layers} blocks of {source.path}: {describe_layers(layers)}"]
+def _title(name: str, depth: int, layers: Sequence[int], fresh: set[Role], as_published: bool) -> str:
+    words = [f"{len(layers)} blocks out of the {depth} of {name}: {describe_layers(layers)}"]
     if as_published:
         words.append("as in the released Inheritune scripts (blocks and head only)")
     if fresh:

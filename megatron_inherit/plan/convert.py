@@ -32,12 +32,13 @@ def plan_conversion(
     ops = [copy_op(spec.name, spec.name, source, dtype) for spec in enumerate_tensors(source.config)]
     if optimizer:
         ops += optimizer_ops({op.target: op.source for op in ops}, source)
+    origin = origin_of(source, optimizer=optimizer)
     return TransferPlan(
-        title=f"the model of {source.path} ({source.format}) as {layout.format}",
+        title=f"the model of {origin.name} ({source.format}) as {layout.format}",
         config=source.config,
         layout=layout,
         ops=tuple(ops),
-        origin=origin_of(source, optimizer=optimizer),
+        origin=origin,
         layer_map=tuple(range(source.config.num_layers)),
         hf_config=output_config(source, source.config, range(source.config.num_layers), ops[0].dtype),
     ).check()

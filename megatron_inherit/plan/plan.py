@@ -41,6 +41,11 @@ class Origin:
     licence: str = ""
     tensors: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
+    @property
+    def name(self) -> str:
+        """Last part of the path."""
+        return self.path.rstrip("/").rpartition("/")[2]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
