@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from typing import Annotated
 
 import typer
@@ -41,6 +42,7 @@ def train(
     if dry_run:
         typer.echo(to_yaml(plan.config) + "# " + json.dumps(plan.summary()))
         return
+    warnings.filterwarnings("ignore", module=r"megatron\.")
     from megatron_inherit.train.loop import train as run_loop
     from megatron_inherit.train.session import open_session
 

@@ -183,6 +183,9 @@ def _engine(plan: RunPlan) -> Iterator[Engine]:
     """Builds the engine; leaves its process groups only if all ranks come to that point."""
     from megatron_inherit.engines.create import create_engine
 
+    import torch
+
+    torch.manual_seed(plan.config.run.seed)
     source = plan.source if plan.config.model.init == "weights" else None
     engine = create_engine(plan.config.engine, plan.options, plan.model, source=source, seed=plan.config.run.seed)
     together = False

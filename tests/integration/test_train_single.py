@@ -1,0 +1,237 @@
+import json
+import os
+import resource
+import shutil
+import signal
+import time
+
+import pytest
+
+from tests.support import forked_world, tiny_run
+from tests.support.tiny_run import curve, recipe, rows, saved_hashes, status
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    forked_world.preload()
+    return tiny_run.write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, corpus):
+    """The uninterrupted run."""
+    folder = tmp_path_factory.mktemp("reference")
+    ended = train(folder, corpus)
+    assert ended.codes == [0], ended.text
+    return folder / "run"
+
+
+def train(folder, corpus, *overrides, fault="", sections=None, **more):
+    path = recipe(folder, corpus, **(sections or {}))
+    return forked_world.run(folder, ["train", path, *overrides], MI_FAULT=fault, **more)
+
+
+def same(run, reference):
+    assert curve(run) == curve(reference)
+    assert saved_hashes(run, 20) == saved_hashes(reference, 20)
+
+
+def test_a_run_leaves_its_rows_and_files(reference):
+    train_rows, evals = rows(reference), rows(reference, "eval")
+    assert [row["step"] for row in train_rows] == list(range(1, 21))
+    assert [row["step"] for row in evals] == [0, 10, 20]
+    assert set(train_rows[0]) == {
+        "kind", "step", "tokens", "samples", "loss", "grad_norm", "lr", "tokens_per_s", "mfu", "seconds",
+    }  # fmt: skip
+    assert evals[-1]["loss"] < evals[0]["loss"] - 0.05
+    assert evals[0]["windows"] == 9
+    assert train_rows[-1]["lr"] == 3e-4
+    assert train_rows[-1]["tokens"] == 20 * 8 * tiny_run.LENGTH
+    assert status(reference)["exit_code"] == 0
+    for name in ("run.yaml", "environment.json", "manifest.json", "checkpoints/latest"):
+        assert (reference / name).is_file()
+    assert sorted(p.name for p in (reference / "checkpoints").glob("step_*")) == [
+        f"step_{step:08d}" for step in (10, 15, 20)
+    ]
+    for path in reference.rglob("*"):
+        assert path.suffix in {"", ".json", ".jsonl", ".yaml", ".safetensors", ".lock"}
+
+
+def test_the_same_run_twice_is_the_same_bit_for_bit(tmp_path, corpus, reference):
+    assert train(tmp_path, corpus, sections={"checkpoint": {"asynchronous": True}}).codes == [0]
+    same(tmp_path / "run", reference)
+
+
+def test_resuming_twice_is_the_uninterrupted_run(tmp_path, corpus, reference):
+    for steps in (7, 6):
+        ended = train(tmp_path, corpus, f"train.stop_after={steps}")
+        assert ended.codes == [75], ended.text
+        assert status(tmp_path / "run")["exit_code"] == 75
+    assert train(tmp_path, corpus).codes == [0]
+    same(tmp_path / "run", reference)
+    again = train(tmp_path, corpus)
+    assert again.codes == [0]
+    same(tmp_path / "run", reference)
+
+
+@pytest.mark.parametrize(
+    ("point", "resumes_after"),
+    [
+        ("before_shard_write:0:15", 10),
+        ("mid_shard_write:0:15", 10),
+        ("before_manifest:0:15", 10),
+        ("before_rename:0:15", 10),
+        ("before_latest:0:15", 15),
+        ("after_step:0:13", 10),
+    ],
+)
+def test_kill_at_any_point_leaves_the_old_state_or_the_new_one(tmp_path, corpus, reference, point, resumes_after):
+    asynchronous = {"checkpoint": {"asynchronous": "latest" in point}}
+    assert train(tmp_path, corpus, fault=f"{point}:kill", sections=asynchronous).codes == [-9]
+    ended = train(tmp_path, corpus)
+    assert ended.codes == [0], ended.text
+    assert f"Resuming after step {resumes_after} of 20" in ended.text
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.tmp-*"))
+    same(tmp_path / "run", reference)
+
+
+@pytest.fixture
+def half_done(tmp_path, corpus):
+    """A run that stopped after step 12, with checkpoints of steps 5, 10 and 12."""
+    assert train(tmp_path, corpus, "train.stop_after=12").codes == [75]
+    return tmp_path / "run" / "checkpoints"
+
+
+@pytest.mark.parametrize("pointer", ["", "garbage \x00", "step_00000099\n", None])
+def test_what_is_there_beats_the_pointer(tmp_path, corpus, reference, half_done, pointer):
+    (half_done / "latest").unlink()
+    if pointer is not None:
+        (half_done / "latest").write_text(pointer)
+    ended = train(tmp_path, corpus)
+    assert ended.codes == [0]
+    assert "Resuming after step 12" in ended.text
+    assert "WARNING" in ended.text
+    same(tmp_path / "run", reference)
+
+
+def flip(path):
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+def test_damage_is_named_and_the_older_checkpoint_taken(tmp_path, corpus, reference, half_done):
+    flip(half_done / "step_00000012" / "rank_00000.safetensors")
+    (half_done / "step_00000010" / "manifest.json").unlink()
+    ended = train(tmp_path, corpus)
+    assert ended.codes == [0]
+    assert "Skipping step_00000012" in ended.text
+    assert "in tensor" in ended.text
+    assert "Skipping step_00000010" in ended.text
+    assert "Resuming after step 5" in ended.text
+    same(tmp_path / "run", reference)
+
+
+def test_no_whole_checkpoint_is_an_error_and_not_a_new_start(tmp_path, corpus, half_done):
+    for folder in half_done.glob("step_*"):
+        flip(folder / "rank_00000.safetensors")
+    ended = train(tmp_path, corpus)
+    assert ended.codes == [5]
+    assert "None of the 3 checkpoints" in ended.text
+    assert "Traceback" not in ended.text
+    assert status(tmp_path / "run")["exit_code"] == 5
+
+
+def test_a_full_disk_stops_or_is_borne(tmp_path, corpus, reference):
+    def small_files():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+    ended = train(tmp_path / "stop", corpus, before=small_files)
+    assert ended.codes == [7], ended.text
+    assert "free" in ended.text
+    assert status(tmp_path / "stop" / "run")["exit_code"] == 7
+    assert not list((tmp_path / "stop" / "run" / "checkpoints").glob("step_*"))
+    go_on = {"checkpoint": {"on_disk_full": "continue", "asynchronous": True}}
+    ended = train(tmp_path / "go", corpus, fault="mid_shard_write:0:10:full", sections=go_on)
+    assert ended.codes == [0], ended.text
+    assert "goes on without this checkpoint" in ended.text
+    same(tmp_path / "go" / "run", reference)
+
+
+def test_signals_save_and_end_with_75(tmp_path, corpus, reference):
+    twice = "after_step:0:8:term,mid_shard_write:0:8:term,before_manifest:0:8:term"
+    ended = train(tmp_path, corpus, fault=twice)
+    assert ended.codes == [75], ended.text
+    assert (tmp_path / "run" / "checkpoints" / "step_00000008" / "manifest.json").is_file()
+    ended = train(tmp_path, corpus, fault="mid_shard_write:0:15:term")
+    assert ended.codes == [75]
+    assert train(tmp_path, corpus).codes == [0]
+    same(tmp_path / "run", reference)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path, corpus, half_done):
+    other = tiny_run.write_corpus(tmp_path / "other", seed=1)
+    for override, words in (
+        ("model.shape.num_layers=3", "another model"),
+        (f"data.path={other / 'corpus'}", "other data"),
+        ("run.seed=9", "another sample order"),
+        ("train.sequence_length=16", "another sample order"),
+    ):
+        ended = train(tmp_path, corpus, override)
+        assert ended.codes == [5], ended.text
+        assert words in ended.text
+        assert "Set run.output" in ended.text
+
+
+def test_a_second_job_is_refused_and_a_dead_one_is_not(tmp_path, corpus, reference):
+    path = recipe(tmp_path, corpus)
+    first = forked_world.World(
+        tmp_path / "first", 1, forked_world.minherit("train", path), {"MI_FAULT": "step_start:0:3:stop"}
+    )
+    lock = tmp_path / "run" / "run.lock"
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or len(rows(tmp_path / "run")) < 2:
+        time.sleep(0.05)
+    second = forked_world.run(tmp_path / "second", ["train", path])
+    assert second.codes == [2], second.text
+    assert f"process {first.pids[0]}" in second.text
+    assert json.loads(lock.read_text())["pid"] == first.pids[0]
+    os.kill(first.pids[0], signal.SIGKILL)
+    first.wait()
+    third = forked_world.run(tmp_path / "third", ["train", path])
+    assert third.codes == [0], third.text
+    assert "Taking over the lock" in third.text
+    same(tmp_path / "run", reference)
+
+
+def test_what_cannot_work_is_refused_before_the_first_step(tmp_path, corpus):
+    data = shutil.copytree(corpus, tmp_path / "data")
+    (data / "cut.bin").write_bytes((data / "corpus.bin").read_bytes()[:-100])
+    shutil.copy(data / "corpus.idx", data / "cut.idx")
+    huge = {"model": {"preset": "llama-2-70b", "init": "random", "shape": {"vocab_size": 10**9}}}
+    cases = [
+        (("--resume", "never", "run.output=/sys/minherit"), {}, 7, "cannot be written"),
+        ((), huge, 7, "free"),
+        ((f"data.path={data / 'cut'}",), {}, 4, "cut"),
+        (("model.shape.vocab_size=300",), {}, 4, "vocab"),
+        (("data.epochs=1", "train.steps=9000"), {}, 4, "too few tokens"),
+        (("eval.windows=nothing",), {}, 4, "evaluation windows"),
+        (("model.preset=null", "model.path=/nowhere", "model.shape={}"), {}, 5, "does not exist"),
+        (("model.shape.layers=3",), {}, 3, "model.shape.num_layers"),
+        (("train.sequence_length=4096",), {}, 3, "train.sequence_length"),
+        (("parallel.tp=3",), {}, 3, "tp"),
+    ]
+    for number, (words, sections, code, text) in enumerate(cases):
+        folder = tmp_path / str(number)
+        ended = train(folder, corpus, *words, sections=sections)
+        assert ended.codes == [code], ended.text
+        assert text in ended.text
+        assert "Traceback" not in ended.text
+        assert not (folder / "run" / "metrics.jsonl").exists()
+
+
+def test_never_resuming_refuses_a_folder_with_checkpoints(tmp_path, corpus, half_done):
+    ended = train(tmp_path, corpus, "--resume", "never")
+    assert ended.codes == [2]
+    assert "step 12" in ended.text
