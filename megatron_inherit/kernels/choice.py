@@ -16,8 +16,6 @@ from megatron_inherit.kernels.errors import KernelValueError
 
 VARIABLE = "MINHERIT_KERNELS"
 CHOICES = ("auto", "reference", "triton", "liger", "quack")
-MAX_WIDTH = 32768
-"""Elements of a row that one block of a norm kernel holds."""
 
 _logger = logging.getLogger(__name__)
 
@@ -65,9 +63,12 @@ def _triton_missing(device: str) -> str:
 def _triton_refuses(x: torch.Tensor, width: int) -> str:
     if x.dtype not in TRITON_FLOATS:
         return f"it takes float32 and bfloat16, not {x.dtype}"
-    if width > MAX_WIDTH:
-        return f"rows of {width} elements exceed the {MAX_WIDTH} that a block holds"
-    return _triton_missing(x.device.type)
+    missing = _triton_missing(x.device.type)
+    if missing:
+        return missing
+    from megatron_inherit.kernels.launch import MAX_WIDTH
+
+    return f"rows of {width} elements exceed the {MAX_WIDTH} that a block holds" if width > MAX_WIDTH else ""
 
 
 def implementation(folder: str, function: str, x: torch.Tensor, *, width: int = 0) -> ModuleType:

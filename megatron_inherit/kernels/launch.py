@@ -8,6 +8,8 @@ import torch
 import triton
 
 INTERPRETER_PROCESSORS = 2
+MAX_WIDTH = 8192
+"""Elements of a row that one block reduces without spilling registers; longer rows run as the reference."""
 
 
 @functools.cache
@@ -23,26 +25,25 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
     return flat if flat.stride(1) == 1 or flat.shape[1] <= 1 else flat.contiguous()
 
 
-def tile(width: int, *, elements: int = 2048, widest: int = 1 << 15) -> tuple[int, int]:
-    """Gives the rows and columns of a tile: whole rows up to ``widest``, several where they are short.
+def tile(width: int, *, widest: int) -> tuple[int, int]:
+    """Gives the rows and columns of a tile of at least 2048 elements: several rows where they are short.
 
     Args:
         width: Elements of a row.
-        elements: Fewest elements of a tile.
         widest: Most columns of a tile.
     """
     columns = min(triton.next_power_of_2(width), widest)
-    return max(1, elements // columns), columns
+    return max(1, 2048 // columns), columns
 
 
-def warps(elements: int) -> int:
-    """Gives the warps for a tile: 16 elements a thread, 4 warps at least, 32 at most."""
-    return min(32, max(4, elements // 512))
+def warps(elements: int, *, per_thread: int = 16) -> int:
+    """Gives the warps for a tile: ``per_thread`` elements a thread, 4 warps at least, 32 at most."""
+    return min(32, max(4, elements // (32 * per_thread)))
 
 
 def resident_programs(device: torch.device, num_warps: int) -> int:
-    """Gives a number of programs that all run at once at up to 128 registers a thread: 16 warps a multiprocessor.
+    """Gives a number of programs that all run at once at up to 64 registers a thread: 32 warps a multiprocessor.
 
     A reduction over rows keeps one partial sum a program, so programs must be few, equal and all resident.
     """
-    return _processors(device) * max(1, 16 // num_warps)
+    return _processors(device) * max(1, 32 // num_warps)

@@ -139,7 +139,7 @@ class _Gelu(torch.autograd.Function):
         (tiles, blocks), rows, block = _grid(num_rows, width)
         steps = 1
         if bias is not None:
-            steps = max(1, triton.cdiv(tiles * blocks, 4 * launch.resident_programs(x.device, 4)))
+            steps = max(1, triton.cdiv(tiles * blocks, launch.resident_programs(x.device, 4)))
         programs = triton.cdiv(tiles, steps)
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         partial = None if bias is None else torch.empty(programs, width, dtype=torch.float32, device=x.device)

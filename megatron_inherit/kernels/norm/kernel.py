@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from megatron_inherit.kernels import launch
+from megatron_inherit.kernels.errors import KernelValueError
 
 Tensors = tuple[torch.Tensor | None, ...]
 
@@ -86,6 +87,11 @@ def norm_backward(
         tl.store(DBIAS + at, tl.sum(bias_sum, 0), mask=kept)
 
 
+def _refuse_wide(width: int) -> None:
+    if width > launch.MAX_WIDTH:
+        raise KernelValueError("norm: the rows of 'x' are longer than a block.", got=width, expected=launch.MAX_WIDTH)
+
+
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -100,11 +106,12 @@ class _Norm(torch.autograd.Function):
         flat = launch.as_rows(x)
         added = None if residual is None else launch.as_rows(residual)
         num_rows, width = flat.shape
+        _refuse_wide(width)
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         summed = flat if added is None else torch.empty_like(y)
         rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device)
         mean = torch.empty_like(rstd) if layer else rstd
-        rows, block = launch.tile(width)
+        rows, block = launch.tile(width, widest=launch.MAX_WIDTH)
         if num_rows:
             norm_forward[(triton.cdiv(num_rows, rows),)](
                 flat, flat if added is None else added, weight, weight if bias is None else bias, y, summed, mean, rstd,
@@ -151,8 +158,8 @@ def _backward(
     rows_in, grad = launch.as_rows(x), launch.as_rows(dy)
     extra = None if dsum is None else launch.as_rows(dsum)
     num_rows, width = rows_in.shape
-    rows, block = launch.tile(width)
-    num_warps = launch.warps(rows * block)
+    rows, block = launch.tile(width, widest=launch.MAX_WIDTH)
+    num_warps = launch.warps(rows * block, per_thread=8)
     tiles = triton.cdiv(num_rows, rows)
     steps = max(1, triton.cdiv(tiles, launch.resident_programs(x.device, num_warps)))
     programs = triton.cdiv(tiles, steps)
