@@ -15,7 +15,9 @@ from megatron_inherit.checkpoint.formats.pickle_machine import Global
 from megatron_inherit.checkpoint.formats.pt_writer import dtype_global
 from megatron_inherit.checkpoint.stream import SinkOptions
 
-_OWN = "inherit_config"
+OWN = "inherit_config"
+"""Field with our own description of the model, which Megatron ignores."""
+
 _REFUSED = {
     "num_experts": "mixture-of-experts layers",
     "multi_latent_attention": "multi-latent attention",
@@ -56,7 +58,7 @@ def config_from_args(args: Mapping[str, Any], *, where: str) -> ModelConfig:
         config = _read(args)
     except (KeyError, TypeError) as error:
         raise CheckpointError(f"{where}: its args lack or garble a field.", got=error) from error
-    own = args.get(_OWN)
+    own = args.get(OWN)
     if isinstance(own, dict):
         written = ModelConfig.from_json(own)
         if all(getattr(written, name) == getattr(config, name) for name in _STRUCTURE):
@@ -171,7 +173,7 @@ def args_from_config(config: ModelConfig, options: SinkOptions, *, dtype: str, p
         "window_size": None if config.sliding_window is None else (config.sliding_window - 1, 0),
         "num_experts": None,
     }
-    return args | _run_fields(options, dtype, per_stage) | {_OWN: config.to_json()}
+    return args | _run_fields(options, dtype, per_stage) | {OWN: config.to_json()}
 
 
 def _run_fields(options: SinkOptions, dtype: str, per_stage: int) -> dict[str, Any]:

@@ -142,6 +142,7 @@ _WRITERS: dict[type, Callable[[Pickler, Any], None]] = {
     bytes: Pickler._bytes,
     tuple: Pickler._tuple,
     list: Pickler._list,
+    set: lambda p, value: p._opaque(Opaque(Global("__builtin__", "set"), (list(value),))),
     dict: Pickler._dict,
     Global: Pickler._global,
     Opaque: Pickler._opaque,

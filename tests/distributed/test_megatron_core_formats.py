@@ -1,0 +1,99 @@
+"""Megatron-Core is the oracle: it loads what we write, strictly, and we read what it writes (checks 8, 9, 10)."""
+
+import pytest
+import torch
+
+from megatron_inherit.checkpoint.formats import torch_dist
+from megatron_inherit.checkpoint.formats.torch_dist_link import link_checkpoint
+from tests.support.checkpoints import (
+    assert_equal,
+    gpt2,
+    llama,
+    random_arrays,
+    read_arrays,
+    write_checkpoint,
+)
+from tests.support.core_world import run_world
+from tests.unit.checkpoint.formats.test_megatron_legacy import megatron_args
+from tests.unit.checkpoint.formats.test_torch_dist import sources_of
+
+CONFIGS = {
+    "llama": llama(num_heads=8, num_kv_heads=2, head_dim=4),
+    "qwen3": llama(family="qwen3", qk_norm=True, head_dim=8, tied=True),
+    "gpt2": gpt2(),
+}
+TOKENS = torch.randint(0, 130, (2, 16), generator=torch.Generator().manual_seed(1)).tolist()
+LOADS = [("llama", "homogeneous", 1), ("llama", "homogeneous", 2), ("llama", "global", 2), ("qwen3", "homogeneous", 2)]
+LOADS += [("gpt2", "global", 1), ("gpt2", "homogeneous", 2), ("llama", "linked", 2)]
+LINKED = (3, 0)  # the student's layers; its checkpoint is links to the homogeneous one
+SAVES = [("llama", "homogeneous"), ("llama", "global")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Loads every case in one world of four processes: TP1 (four replicas) and TP2 x PP2; saves some."""
+    folder = tmp_path_factory.mktemp("core")
+    cases = []
+    for family, dialect, size in LOADS:
+        config, arrays = CONFIGS[family], random_arrays(CONFIGS[family])
+        written, legacy = folder / f"{family}.{dialect}", folder / f"{family}.legacy.{size}"
+        if dialect == "linked":
+            sources = sources_of(config, LINKED)
+            config, arrays = config.with_layers(2), {name: arrays[origin] for name, origin in sources.items()}
+            legacy = folder / "linked.legacy"
+            written.mkdir()
+            link_checkpoint(str(folder / f"{family}.homogeneous"), written, config, sources)
+        if not legacy.exists():
+            write_checkpoint(legacy, config, arrays, "megatron", tp=size, pp=size, dialect="local")
+        if not written.exists():  # padded to 256 rows whatever the number of shards; Megatron loads it at any
+            cut = 2 if dialect == "global" else 1
+            layout = {"tp": cut, "vocab_multiple": 256 // cut, "dialect": dialect}
+            write_checkpoint(written, config, arrays, "torch_dist", **layout)
+        save = folder / f"{family}.core.{dialect}"
+        saved = size == 2 and (family, dialect) in SAVES
+        if saved:
+            save.mkdir()
+        args = vars(megatron_args(config, 2, 2, qk_layernorm=config.qk_norm))
+        cases.append(
+            {
+                "config": config.to_json(),
+                "tp": size,
+                "pp": size,
+                "global": dialect == "global",
+                "load": str(written / "release"),
+                "legacy": str(legacy),
+                "vocab_multiple": 128,
+                "vocab_tp": size,
+                "logits": f"{family}.logits" if size == 1 else "",
+                "tokens": TOKENS,
+                "save": str(save) if saved else "",
+                "args": {name: value for name, value in args.items() if name != "params_dtype"},
+            }
+        )
+    run_world(4, {"cases": cases}, folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "dialect"), SAVES)
+def test_what_megatron_core_saves_we_read(folder, family, dialect):
+    """Loading strictly, into one rank and into TP2 x PP2, is asserted by the processes of the fixture."""
+    source = torch_dist.open_source(str(folder / f"{family}.core.{dialect}"))
+    assert source.details["homogeneous"] == (dialect == "homogeneous")
+    assert source.config == CONFIGS[family]
+    assert_equal(read_arrays(source), random_arrays(CONFIGS[family]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_megatron_core_and_transformers_give_the_same_logits(folder, family):
+    from transformers import AutoModelForCausalLM
+
+    config = CONFIGS[family]
+    write_checkpoint(folder / f"{family}.hf", config, random_arrays(config), "hf")
+    model = AutoModelForCausalLM.from_pretrained(folder / f"{family}.hf", attn_implementation="eager")
+    with torch.no_grad():
+        expected = model(torch.tensor(TOKENS)).logits
+    found = torch.load(folder / f"{family}.logits")[..., : config.vocab_size]
+    assert (found - expected).abs().max() < 1e-5
+    assert expected.abs().max() > 1e-3
