@@ -16,6 +16,7 @@ import typer
 
 from megatron_inherit.base.environment import collect_environment
 from megatron_inherit.base.quantities import format_bytes, format_seconds
+from megatron_inherit.checkpoint.provenance import read_provenance
 from megatron_inherit.checkpoint.stream import Sink, Source
 from megatron_inherit.inherit.card import model_card
 from megatron_inherit.plan.execute import Transfer, execute, plan_sink
@@ -59,7 +60,7 @@ def run_transfer(
     if not as_json:
         typer.echo("\n".join(_summary(plan, sink, source)))
     texts = {"environment.json": json.dumps(collect_environment(), indent=2) + "\n"}
-    note = str(source.details.get("note", "")) if source else ""
+    note = read_provenance(source)[0] if source else ""
     if plan.layout.format == "hf":
         texts["README.md"] = model_card(plan, command=command_line(), note=note)
     with progress_bar(plan.weight_bytes, quiet=as_json) as advance:

@@ -9,6 +9,7 @@ from megatron_inherit.arch.model_config import ModelConfig
 from megatron_inherit.arch.tensors import enumerate_tensors
 from megatron_inherit.base.errors import PlanError
 from megatron_inherit.checkpoint.formats.hf_config import student_config, write_config
+from megatron_inherit.checkpoint.provenance import read_provenance
 from megatron_inherit.checkpoint.stream import Source, StoredTensor
 from megatron_inherit.plan.ops import Copy
 from megatron_inherit.plan.plan import Layout, Origin, TransferPlan
@@ -93,7 +94,7 @@ def origin_of(source: Source, *, optimizer: bool = False) -> Origin:
         format=source.format,
         config=source.config,
         identity=dict(source.identity),
-        licence=source.licence,
+        licence=read_provenance(source)[1],
         tensors={name: stored.shape for name, stored in tensors.items()},
     )
 

@@ -32,6 +32,7 @@ from megatron_inherit.checkpoint.layout import (
     check_shape,
     physical_tensors,
 )
+from megatron_inherit.checkpoint.provenance import provenance_file
 from megatron_inherit.checkpoint.stream import Decode, SideFile, Source, StoredTensor
 
 _PLAIN = {0: "F32", 1: "F16", 28: "F64", 30: "BF16"}
@@ -90,6 +91,7 @@ def open_source(path: str) -> Source:
         check_shape(tensor.name, stored.shape, tensor.shape(), where=path)
         tensors[tensor.parts[0].name] = _tensor(tensor, stored, path, size)
     names = {kind: _type_name(kind) for kind in kinds}
+    licence = str(header.metadata.get("general.license", ""))
     tokenizer, why = tokenizer_files(header.metadata, config.max_positions)
     hf_config = write_config(config, next(iter(tensors.values())).dtype) | token_ids(header.metadata)
     return Source(
@@ -97,15 +99,19 @@ def open_source(path: str) -> Source:
         path=path,
         config=config,
         tensors=tensors,
-        side_files=(*tokenizer, generation_config(header.metadata), *_licence_files(pool, path)),
+        side_files=(
+            *tokenizer,
+            generation_config(header.metadata),
+            provenance_file(_note(path, kinds), licence),
+            *_licence_files(pool, path),
+        ),
         hf_config=hf_config,
         details={
-            "note": _note(path, kinds),
             "types": {names[kind]: count for kind, count in kinds.most_common()},
             **({"tokenizer": why} if why else {}),
         },
         identity={path.rpartition("/")[2]: xxhash.xxh3_128_hexdigest(pool.read(path, 0, header.length))},
-        licence=str(header.metadata.get("general.license", "")),
+        licence=licence,
         pool=pool,
     )
 

@@ -46,6 +46,7 @@ SIDE_FILES = (
     "added_tokens.json",
     "chat_template*",
     "generation_config.json",
+    "provenance.json",
     "spiece.model",
     "LICEN[SC]E*",
     "COPYING*",
@@ -140,7 +141,7 @@ def open_source(path: str) -> Source:
         tensors=tensors,
         side_files=side_files(pool, path),
         hf_config=raw,
-        details=_details(pool, path, extents),
+        details={"files": sorted({extent.file.rpartition("/")[2] for extent in extents.values()})},
         identity=identity,
         licence=read_licence(pool, path),
         pool=pool,
@@ -285,17 +286,6 @@ def read_licence(pool: FilePool, path: str) -> str:
     head = text.split("---")[1] if text.startswith("---") and text.count("---") > 1 else ""
     found = re.search(r"^license:\s*(\S+)", head, re.MULTILINE)
     return found[1].strip("'\"") if found else ""
-
-
-def _details(pool: FilePool, path: str, extents: Mapping[str, Extent]) -> dict[str, Any]:
-    """Lists the files, and what ``inherit.json`` says of the weights' history, where we wrote the folder."""
-    details: dict[str, Any] = {"files": sorted({extent.file.rpartition("/")[2] for extent in extents.values()})}
-    record = join(path, "inherit.json")
-    if not is_remote(path) and exists(pool, record):
-        note = _read_json(pool, record, {}).get("note")
-        if note:
-            details["note"] = str(note)
-    return details
 
 
 def _read_headers(pool: FilePool, path: str, identity: dict[str, str]) -> dict[str, Extent]:
