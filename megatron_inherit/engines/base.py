@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from megatron_inherit.arch.model_config import ModelConfig
     from megatron_inherit.data.loader import Batch
+    from megatron_inherit.sharing.options import Sharing
 
 
 EngineKind = Literal["deepspeed", "megatron"]
@@ -40,6 +41,7 @@ class EngineOptions:
         offload: What DeepSpeed keeps in host memory.
         deterministic: The same bits in every run, at some cost on a GPU.
         timeout_s: Seconds after which a collective that hangs raises.
+        sharing: Which layers apply the same weights, or None; then a pipeline is cut between them.
     """
 
     tp: int = 1
@@ -63,6 +65,7 @@ class EngineOptions:
     offload: Literal["none", "optimizer", "all"] = "none"
     deterministic: bool = False
     timeout_s: float = 600.0
+    sharing: Sharing | None = None
 
     def data_size(self, world_size: int) -> int:
         """Gives the number of model replicas among ``world_size`` processes."""

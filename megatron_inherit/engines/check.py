@@ -5,6 +5,8 @@ from __future__ import annotations
 from megatron_inherit.arch.model_config import ModelConfig
 from megatron_inherit.base.errors import ConfigError
 from megatron_inherit.engines.base import EngineKind, EngineOptions
+from megatron_inherit.sharing.options import Sharing
+from megatron_inherit.sharing.stage_plan import require_cover
 
 
 def check_options(kind: EngineKind, options: EngineOptions, config: ModelConfig, *, world_size: int) -> None:
@@ -17,7 +19,10 @@ def check_options(kind: EngineKind, options: EngineOptions, config: ModelConfig,
         world_size: Number of processes.
     """
     _check_sizes(options, config, world_size)
-    _check_pipeline(options, config)
+    if options.sharing is None:
+        _check_pipeline(options, config)
+    else:
+        _check_stages(options, options.sharing, config)
     if kind == "deepspeed":
         _check_deepspeed(options)
     else:
@@ -116,6 +121,18 @@ def _check_pipeline(options: EngineOptions, config: ModelConfig) -> None:
             expected=f"pp x vpp among {', '.join(fits)}",
             fix="Or set first_stage_layers and last_stage_layers.",
         )
+
+
+def _check_stages(options: EngineOptions, sharing: Sharing, config: ModelConfig) -> None:
+    require_cover(sharing.plan, config)
+    if options.vpp > 1 and options.pp == 1:
+        raise ConfigError("A virtual pipeline needs a pipeline.", got=f"vpp {options.vpp}, pp 1", fix="Set vpp to 1.")
+    if options.first_stage_layers or options.last_stage_layers:
+        raise ConfigError(
+            "With shared stages the pipeline is cut between them.",
+            fix="Leave first_stage_layers and last_stage_layers out.",
+        )
+    sharing.partition(options.pp, options.vpp)
 
 
 def _check_deepspeed(options: EngineOptions) -> None:

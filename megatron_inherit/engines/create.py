@@ -9,13 +9,21 @@ from megatron_inherit.arch.model_config import ModelConfig
 from megatron_inherit.base.optional import require
 from megatron_inherit.engines.base import Engine, EngineKind, EngineOptions
 from megatron_inherit.engines.check import check_options
+from megatron_inherit.sharing.tensors import by_first_layer
 
 if TYPE_CHECKING:
     from megatron_inherit.checkpoint.stream import Source
+    from megatron_inherit.distill.options import Distill
 
 
 def create_engine(
-    kind: EngineKind, options: EngineOptions, config: ModelConfig, *, source: Source | None = None, seed: int = 0
+    kind: EngineKind,
+    options: EngineOptions,
+    config: ModelConfig,
+    *,
+    source: Source | None = None,
+    seed: int = 0,
+    distill: Distill | None = None,
 ) -> Engine:
     """Builds the model on this process's device and fills it.
 
@@ -25,6 +33,7 @@ def create_engine(
         config: The model.
         source: The checkpoint whose tensors it starts from, or None for fresh values.
         seed: Of the fresh values.
+        distill: Trains towards a teacher instead of the next token.
 
     Raises:
         ConfigError: The options cannot work, see ``engines.check``.
@@ -36,11 +45,13 @@ def create_engine(
     from megatron_inherit.model.load import random_reader, source_reader
 
     read = random_reader(config, seed) if source is None else source_reader(source, config)
+    if options.sharing is not None and source is not None:
+        read = by_first_layer(read, options.sharing.plan)
     if kind == "deepspeed":
         require("deepspeed", "engine=deepspeed")
         from megatron_inherit.engines.deepspeed.engine import DeepSpeedEngine
 
-        return DeepSpeedEngine(options, config, read)
+        return DeepSpeedEngine(options, config, read, distill)
     from megatron_inherit.engines.megatron.engine import MegatronEngine
 
-    return MegatronEngine(options, config, read)
+    return MegatronEngine(options, config, read, distill)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,9 @@ class LanguageModel(GPTModel):
     Args:
         model: Our description of the model.
         arguments: Those of GPTModel.
+
+    Attributes:
+        stored_name: Gives the name under which a checkpoint stores a canonical tensor; another one with shared stages.
     """
 
     def __init__(self, model: ModelConfig, **arguments: Any) -> None:
@@ -35,6 +39,7 @@ class LanguageModel(GPTModel):
         )
         self.model = model
         self.rotary = Rotary(model) if model.rope else None
+        self.stored_name: Callable[[str], str] = str
         self.tp_size, self.cp_size = self.pg_collection.tp.size(), self.pg_collection.cp.size()
 
     def forward(
@@ -44,6 +49,7 @@ class LanguageModel(GPTModel):
         position_ids: torch.Tensor | None = None,
         segment_ids: torch.Tensor | None = None,
         reduction: Literal["sum", "none"] = "sum",
+        objective: Callable[[LanguageModel, torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Runs this stage on whole sequences; a context parallel rank takes its own part of them.
 
@@ -53,6 +59,7 @@ class LanguageModel(GPTModel):
             position_ids: int64 [batch, sequence], or None where positions run from 0.
             segment_ids: Integers [batch, sequence]: attention stays within equal neighbours; None for plain causal.
             reduction: ``sum`` over this rank's tokens, or ``none``.
+            objective: Computes on the last stage what is returned instead, from the model and its last hidden states.
 
         Returns:
             Before the last stage, the hidden states [local sequence, batch, hidden]; with labels, the loss in nats, a
@@ -61,6 +68,8 @@ class LanguageModel(GPTModel):
         hidden = self.hidden_states(tokens, position_ids, segment_ids)
         if not self.post_process:
             return hidden
+        if objective is not None:
+            return objective(self, hidden)
         return self.logits(hidden) if labels is None else self.loss(hidden, labels, reduction)
 
     def hidden_states(
@@ -135,16 +144,21 @@ class LanguageModel(GPTModel):
         """Gives the next-token loss of this rank's tokens, see ``forward``; whole logits never exist on one rank."""
         mine = self.local_order(labels.size(1), labels.device)
         labels = labels if mine is None else labels[:, mine]
+        hidden, head = self.head_inputs(hidden)
+        losses = linear_cross_entropy(hidden, self.head_weight(), labels.T, ignore_index=IGNORED, **head)
+        return losses.sum() if reduction == "sum" else losses.T
+
+    def head_inputs(self, hidden: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Gives the hidden states [local sequence, batch, hidden] of all of a rank's tokens, and its part of the head.
+
+        Returns:
+            What the operations of ``kernels.dispatch`` on a linear head take: states and named arguments.
+        """
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, group=self.tp_group)
-        losses = linear_cross_entropy(
-            hidden,
-            self.head_weight(),
-            labels.T,
-            ignore_index=IGNORED,
-            vocab_size=self.model.vocab_size,
-            vocab_start=self.pg_collection.tp.rank() * (self.vocab_size // self.tp_size),
-            tp_group=self.tp_group if self.tp_size > 1 else None,
-            reduce_hidden_grad=not self.config.sequence_parallel,
-        )
-        return losses.sum() if reduction == "sum" else losses.T
+        return hidden, {
+            "vocab_size": self.model.vocab_size,
+            "vocab_start": self.pg_collection.tp.rank() * (self.vocab_size // self.tp_size),
+            "tp_group": self.tp_group if self.tp_size > 1 else None,
+            "reduce_hidden_grad": not self.config.sequence_parallel,
+        }

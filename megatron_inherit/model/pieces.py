@@ -7,7 +7,7 @@ group the rows of its queries, its key, its value; rows of gate, then of up; an 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from megatron_inherit.arch.tensors import TensorSpec, tensor_table
@@ -41,11 +41,11 @@ class Piece:
 
     Attributes:
         parameter: Name of the parameter in its model chunk.
-        spec: The canonical tensor.
+        spec: The canonical tensor, under the name by which it is stored.
         start, shape: The box.
         offset: Its first element in the flattened parameter.
         copies: The box is on every tensor parallel rank.
-        tied: The parameter is the last stage's copy of a tied embedding.
+        tied: The parameter is a further copy of one that another pipeline stage owns.
     """
 
     parameter: str
@@ -85,10 +85,11 @@ def pieces_of(chunk: LanguageModel) -> dict[str, list[Piece]]:
     table = tensor_table(chunk.model)
     size, rank = chunk.tp_size, chunk.pg_collection.tp.rank()
     found: dict[str, list[Piece]] = {}
-    for parameter, _ in chunk.named_parameters():
+    for parameter, values in chunk.named_parameters():
         offset, found[parameter] = 0, []
-        tied = parameter.startswith("output_layer.") and chunk.model.tied
-        specs = [table[name] for name in canonical_names(chunk, parameter)]
+        tied = getattr(values, "shared", False) or (parameter.startswith("output_layer.") and chunk.model.tied)
+        names = canonical_names(chunk, parameter)
+        specs = [replace(table[name], name=chunk.stored_name(name)) for name in names]
         boxes = [(spec, *_box(spec, size, rank, chunk.vocab_size)) for spec in specs]
         for spec, start, shape in _by_group(boxes, chunk.model.num_kv_heads // size) if _packed(parameter) else boxes:
             found[parameter].append(Piece(parameter, spec, start, shape, offset, spec.split == "none", tied))

@@ -7,12 +7,14 @@ all uses of a parameter, and recomputation, gradient buffers and optimizers see 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from megatron_inherit.base.errors import ConfigError
 from megatron_inherit.sharing.stage_plan import Component, StagePlan
+from megatron_inherit.sharing.tensors import stored_name
 
 if TYPE_CHECKING:
     from megatron_inherit.model.language_model import LanguageModel
@@ -85,6 +87,7 @@ def share_stages(chunks: Sequence[LanguageModel], plan: StagePlan) -> StageParam
                 fix="Put stage boundaries on chunk boundaries ('minherit share plan' shows them), or set vpp to 1.",
             )
         kept |= here
+        chunk.stored_name = partial(stored_name, plan=plan)
     return kept
 
 

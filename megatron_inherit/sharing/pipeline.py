@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from megatron_inherit.base.errors import CheckpointError, ConfigError
 from megatron_inherit.sharing.aux_model import StageKey, StageParameters
+from megatron_inherit.sharing.options import Sharing
 from megatron_inherit.sharing.partition import Partition, Tie
 from megatron_inherit.sharing.stage_plan import StagePlan
 
@@ -55,6 +56,23 @@ class Copy:
     group: Group
 
 
+def tie_stages(
+    sharing: Sharing | None, parameters: StageParameters, pipeline_group: Group, chunks: int
+) -> TiedStages | None:
+    """Marks and equalises the copies of a model that was just filled; None where nothing is shared.
+
+    Call it on all ranks, before the gradient buffers are made.
+    """
+    if sharing is None:
+        return None
+    layout = sharing.partition(pipeline_group.size(), chunks)
+    ties = TiedStages(layout, parameters, pipeline_group, gradient=sharing.gradient)
+    ties.guard_every_steps = sharing.guard_every_steps
+    ties.mark()
+    ties.broadcast()
+    return ties
+
+
 class TiedStages:
     """The copies on this rank and what each optimizer step owes them.
 
@@ -74,6 +92,7 @@ class TiedStages:
         gradient: Literal["sum", "mean"] = "sum",
     ) -> None:
         self.partition, self.gradient, self._parameters = partition, gradient, parameters
+        self.guard_every_steps = 100
         ties = {(tie.component, tie.physical): tie for tie in partition.ties}
         groups = make_tie_groups(partition, pipeline_group) if ties else {}
         rank = dist.get_rank(pipeline_group) if ties else 0

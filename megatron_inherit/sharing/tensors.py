@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
 
 from megatron_inherit.arch.counts import count_parameters
 from megatron_inherit.arch.model_config import ModelConfig
@@ -12,6 +12,9 @@ from megatron_inherit.arch.tensors import TensorSpec, enumerate_tensors
 from megatron_inherit.checkpoint import stages
 from megatron_inherit.checkpoint.stages import PREFIX
 from megatron_inherit.sharing.stage_plan import Component, StagePlan, require_cover
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def component_of(inside: str) -> Component:
@@ -30,6 +33,22 @@ def first_user(name: str, plan: StagePlan) -> str:
         return name
     stage, _, inside = name.removeprefix(PREFIX).partition(".")
     return f"layers.{plan.uses(component_of(inside), int(stage))[0]}.{inside}"
+
+
+def by_first_layer(read: Callable[..., Any], plan: StagePlan) -> Callable[..., Any]:
+    """Turns a reader of canonical tensors into one of stored ones: a stage is what its first layer is.
+
+    Args:
+        read: Takes a TensorSpec or a name first, and anything after it.
+        plan: The stages that ask, whatever the plan of the checkpoint behind ``read``.
+    """
+
+    def stored(what: TensorSpec | str, *more: Any) -> Any:
+        if isinstance(what, str):
+            return read(first_user(what, plan), *more)
+        return read(dataclasses.replace(what, name=first_user(what.name, plan)), *more)
+
+    return stored
 
 
 def enumerate_stored(config: ModelConfig, plan: StagePlan) -> tuple[TensorSpec, ...]:

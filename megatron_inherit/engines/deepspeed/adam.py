@@ -45,8 +45,9 @@ class ClippedAdamW(torch.optim.AdamW):
     def _global_norm(self, held: list[tuple[torch.nn.Parameter, torch.Tensor]]) -> float:
         first = self.tensor_group.rank() == 0
         counted = [gradient for p, gradient in held if first or getattr(p, "tensor_model_parallel", False)]
-        norms = torch._foreach_norm(counted)
-        total = torch.stack(norms).double().square().sum() if norms else torch.zeros((), dtype=torch.float64)
+        device = held[0][1].device
+        norms = torch._foreach_norm(counted) if counted else (torch.zeros((), device=device),)
+        total = torch.stack(list(norms)).double().square().sum()
         if self.tensor_group.size() > 1:
             dist.all_reduce(total, group=self.tensor_group)
         return math.sqrt(float(total)) if math.isfinite(float(total)) else float(total)

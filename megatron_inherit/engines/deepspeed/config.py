@@ -20,6 +20,8 @@ def import_deepspeed() -> ModuleType:
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if torch.distributed.get_world_size() == 1:
+        os.environ.setdefault("LOCAL_RANK", "0")  # deepspeed.initialize insists on it without a launcher too
     import deepspeed
     import deepspeed.ops
 

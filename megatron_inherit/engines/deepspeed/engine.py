@@ -12,6 +12,8 @@ import torch.distributed as dist
 
 from megatron_inherit.arch.model_config import ModelConfig
 from megatron_inherit.data.loader import Batch
+from megatron_inherit.distill.objective import Distillation
+from megatron_inherit.distill.options import Distill
 from megatron_inherit.engines import ranks
 from megatron_inherit.engines.base import EngineOptions, Part, ReadPart, StepResult, Topology
 from megatron_inherit.engines.batches import count_tokens, equal_micro_batches, model_inputs
@@ -22,8 +24,13 @@ from megatron_inherit.engines.parts import MOMENTS, Shard, decays, fill_flat, re
 from megatron_inherit.model.build import DTYPES, Parallel, build_chunks, decoder_config
 from megatron_inherit.model.cpu import cuda_means_cpu
 from megatron_inherit.model.groups import leave_processes, make_groups, start_processes
+from megatron_inherit.model.language_model import LanguageModel
 from megatron_inherit.model.load import Reader, load_chunk
 from megatron_inherit.model.pieces import pieces_of
+from megatron_inherit.sharing.aux_model import share_stages
+from megatron_inherit.sharing.partition import Partition
+from megatron_inherit.sharing.stage_plan import unshared
+from megatron_inherit.sharing.tensors import by_first_layer
 
 
 class DeepSpeedEngine:
@@ -33,9 +40,12 @@ class DeepSpeedEngine:
         options: How it is spread and stepped; checked by ``engines.check.check_options``.
         config: The model.
         read: Where the initial weights come from. Under ZeRO-3 each rank reads only the slices that it keeps.
+        distill: Trains towards a teacher instead of the next token; the teacher is whole on every rank.
     """
 
-    def __init__(self, options: EngineOptions, config: ModelConfig, read: Reader) -> None:
+    def __init__(
+        self, options: EngineOptions, config: ModelConfig, read: Reader, distill: Distill | None = None
+    ) -> None:
         self.options, self.config, self.updates = options, config, 0
         self.device = start_processes(timeout_s=options.timeout_s)
         self.groups = make_groups(tp=options.tp)
@@ -51,6 +61,7 @@ class DeepSpeedEngine:
         self.named = [(parameter, pieces[name]) for name, parameter in self.model.named_parameters()]
         self._fill(read)
         self._sum_over_tensor_ranks()
+        self.objective = None if distill is None else self._objective(distill)
         self.adam = self._adam()
         mpu = mpu_of(groups) if options.tp > 1 else None
         with cuda_means_cpu():
@@ -64,11 +75,26 @@ class DeepSpeedEngine:
         core = decoder_config(self.config, parallel, dtype=dtype, recompute=self.options.recompute)
         context: Any = contextlib.nullcontext()
         if self.options.zero_stage == 3:
-            context = deepspeed.zero.Init(
-                config_dict_or_path=ds_config, dtype=dtype, data_parallel_group=self.groups.dp
-            )
+            # the configuration says the dtype: an argument of that name is ignored where fp16 is not supported
+            context = deepspeed.zero.Init(config_dict_or_path=ds_config, data_parallel_group=self.groups.dp)
         with context:
-            return next(build_chunks(self.config, core, self.groups, self.device))
+            model = next(build_chunks(self.config, core, self.groups, self.device))
+        if self.options.sharing is not None:
+            share_stages([model], self.options.sharing.plan)
+        return model
+
+    def _objective(self, distill: Distill) -> Distillation:
+        sharing, depth = self.options.sharing, self.config.num_layers
+        layout = Partition(unshared(depth), 1, 1, (0, depth))
+        parallel = Parallel(tp=self.options.tp, sequence_parallel=self.options.sequence_parallel)
+        dtype = DTYPES[self.options.dtype]
+        teacher = distill.build_teacher(parallel, self.groups, self.device, layout=layout, dtype=dtype)
+        return distill.objective([self.model], teacher, None if sharing is None else sharing.plan)
+
+    @torch.no_grad()
+    def _teach(self, teacher: list[LanguageModel], micro_batches: Sequence[Batch]) -> list[torch.Tensor]:
+        inputs = (model_inputs(batch, self.device) for batch in micro_batches)
+        return [teacher[0](**values, objective=lambda _, hidden: hidden) for values in inputs]
 
     @torch.no_grad()
     def _fill(self, read: Reader) -> None:
@@ -95,21 +121,16 @@ class DeepSpeedEngine:
             if own_heads or own_tokens:
                 parameter.register_hook(add)
 
-    def _adam(self) -> ClippedAdamW:
+    def _adam(self) -> torch.optim.AdamW:
         options = self.options
         groups = [
             {"params": [p for p, pieces in self.named if decays(pieces[0].spec) == decayed], "weight_decay": decay}
             for decayed, decay in ((True, options.weight_decay), (False, 0.0))
         ]
-        return ClippedAdamW(
-            groups,
-            clip=options.clip if options.zero_stage == 0 else 0.0,
-            tensor_group=self.groups.tp,
-            lr=0.0,
-            betas=options.betas,
-            eps=options.eps,
-            fused=True,
-        )
+        settings: dict[str, Any] = {"lr": 0.0, "betas": options.betas, "eps": options.eps, "fused": True}
+        if options.zero_stage:
+            return torch.optim.AdamW(groups, **settings)
+        return ClippedAdamW(groups, clip=options.clip, tensor_group=self.groups.tp, **settings)
 
     def train_step(self, micro_batches: Sequence[Batch], *, lr: float) -> StepResult:
         """Runs one optimizer step on this replica's micro-batches of the global batch."""
@@ -121,20 +142,25 @@ class DeepSpeedEngine:
             group["lr"] = lr
         self.engine.train()
         kept = []
-        for index, batch in enumerate(micro_batches):
-            self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
-            loss = self.engine(**model_inputs(batch, self.device))
-            kept.append(loss.detach())
-            # DeepSpeed divides gradients by the number of replicas
-            self.engine.backward(loss * (replicas / max(tokens, 1)), scale_wrt_gas=False)
-        self.engine.step()
+        scale = replicas / max(tokens, 1)  # DeepSpeed divides gradients by the number of replicas
+        with cuda_means_cpu():
+            for index, batch in enumerate(micro_batches):
+                inputs: dict[str, Any] = model_inputs(batch, self.device)
+                if self.objective is not None:
+                    self.objective.begin(self.updates, [batch], scale=scale, run=self._teach)
+                    inputs["objective"] = self.objective.term(batch, inputs)
+                self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+                loss = self.engine(**inputs)
+                kept.append(loss.detach())
+                self.engine.backward(loss * scale, scale_wrt_gas=False)
+            self.engine.step()
         norm, applied = self._outcome()
         self.updates += applied
         total = self.reduce_sum([float(torch.stack(kept).double().sum())])[0]
         return StepResult(total / max(tokens, 1), norm, tokens, skipped=not applied)
 
     def _outcome(self) -> tuple[float, bool]:
-        if self.options.zero_stage == 0:
+        if isinstance(self.adam, ClippedAdamW):
             return self.adam.norm, self.adam.applied
         return float(self.engine.get_global_grad_norm()), self.engine.was_step_applied()
 
@@ -144,7 +170,8 @@ class DeepSpeedEngine:
         self.engine.eval()
         sums: list[float] = []
         for piece in equal_micro_batches(batch, self.options.micro_batch, 1):
-            losses = self.engine(**model_inputs(piece, self.device), reduction="none")
+            with cuda_means_cpu():
+                losses = self.engine(**model_inputs(piece, self.device), reduction="none")
             sums += losses.double().sum(dim=1).tolist()
         return sums[: len(batch)], batch.loss_mask.sum(axis=1).tolist()
 
@@ -152,7 +179,8 @@ class DeepSpeedEngine:
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
         """Gives fp32 logits [batch, sequence, vocab_size] of int64 tokens [batch, sequence], on every rank."""
         self.engine.eval()
-        local = self.engine(tokens=tokens.to(self.device)).float().nan_to_num(neginf=0.0).contiguous()
+        with cuda_means_cpu():
+            local = self.engine(tokens=tokens.to(self.device)).float().nan_to_num(neginf=0.0).contiguous()
         parts = [torch.empty_like(local) for _ in range(self.options.tp)]
         dist.all_gather(parts, local, group=self.groups.tp)
         return torch.cat(parts, dim=-1)[..., : self.config.vocab_size]
@@ -181,6 +209,8 @@ class DeepSpeedEngine:
     def restore(self, read: ReadPart, *, step_count: int) -> None:
         """Sets weights and optimizer state from a stored state, whatever layout or engine wrote it."""
         self.updates = step_count
+        if self.options.sharing is not None:
+            read = by_first_layer(read, self.options.sharing.plan)
         self._prepare_moments(step_count)
         restore_shards(itertools.chain(self._weights(), self._states()), read)
         kept = getattr(self.optimizer, "persistent_parameters", [])

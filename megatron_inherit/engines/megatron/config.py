@@ -48,6 +48,13 @@ def model_fields(options: EngineOptions) -> dict[str, Any]:
     }
 
 
+def pipeline_layout(options: EngineOptions) -> str | None:
+    """Gives the blocks of each pipeline chunk in Megatron-Core's form where stages decide them."""
+    if options.sharing is None or options.pp == 1:
+        return None
+    return options.sharing.partition(options.pp, options.vpp).layout()
+
+
 def buffer_config(options: EngineOptions) -> DistributedDataParallelConfig:
     """Configures the gradient buffers: fp32 sums, reduced once a step."""
     return DistributedDataParallelConfig(

@@ -13,17 +13,25 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_inherit.arch.model_config import ModelConfig
 from megatron_inherit.data.loader import Batch
+from megatron_inherit.distill.objective import Distillation
+from megatron_inherit.distill.options import Distill
 from megatron_inherit.engines import ranks
 from megatron_inherit.engines.base import EngineOptions, Part, ReadPart, StepResult, Topology
 from megatron_inherit.engines.batches import count_tokens, equal_micro_batches, model_inputs
-from megatron_inherit.engines.megatron.config import buffer_config, model_fields, parallel_of
+from megatron_inherit.engines.megatron.config import buffer_config, model_fields, parallel_of, pipeline_layout
 from megatron_inherit.engines.megatron.optimizer import Stepper
 from megatron_inherit.engines.parts import restore_shards, shard_parts
 from megatron_inherit.model.attention import context_order
 from megatron_inherit.model.build import DTYPES, build_chunks, decoder_config
 from megatron_inherit.model.cpu import cuda_means_cpu
 from megatron_inherit.model.groups import leave_processes, make_groups, start_processes
+from megatron_inherit.model.language_model import LanguageModel
 from megatron_inherit.model.load import Reader, load_chunk
+from megatron_inherit.sharing.aux_model import share_stages
+from megatron_inherit.sharing.options import Sharing
+from megatron_inherit.sharing.pipeline import check_hook_counts, tie_stages
+from megatron_inherit.sharing.stage_plan import unshared
+from megatron_inherit.sharing.tensors import by_first_layer
 
 
 class MegatronEngine:
@@ -33,9 +41,12 @@ class MegatronEngine:
         options: How it is spread and stepped; checked by ``engines.check.check_options``.
         config: The model.
         read: Where the initial weights come from.
+        distill: Trains towards a teacher instead of the next token.
     """
 
-    def __init__(self, options: EngineOptions, config: ModelConfig, read: Reader) -> None:
+    def __init__(
+        self, options: EngineOptions, config: ModelConfig, read: Reader, distill: Distill | None = None
+    ) -> None:
         self.options, self.config = options, config
         self.device = start_processes(timeout_s=options.timeout_s)
         self.groups = make_groups(tp=options.tp, pp=options.pp, vpp=options.vpp, cp=options.cp)
@@ -45,11 +56,15 @@ class MegatronEngine:
             parallel_of(options),
             dtype=DTYPES[options.dtype],
             recompute=options.recompute,
+            pipeline_model_parallel_layout=pipeline_layout(options),
             **model_fields(options),
         )
         self.chunks = list(build_chunks(config, self.core, self.groups, self.device))
+        shared = share_stages(self.chunks, options.sharing.plan) if options.sharing else {}
         for chunk in self.chunks:
             load_chunk(chunk, read)
+        self.ties = tie_stages(options.sharing, shared, self.groups.pp, options.vpp)
+        self.objective = None if distill is None else self._objective(distill)
         with cuda_means_cpu():
             buffers = buffer_config(options)
             self.wrapped = [
@@ -72,6 +87,8 @@ class MegatronEngine:
 
         def finish(model: list[Any], tokens: Any = None, **more: Any) -> None:
             finalize_model_grads(model, None, **more)
+            if self.ties is not None:
+                self.ties.reduce_gradients()
 
         config.finalize_model_grads_func = finish
         if self.options.overlap_grad_reduce:
@@ -80,13 +97,47 @@ class MegatronEngine:
             if not single:
                 config.grad_sync_func = [w.start_grad_sync for w in self.wrapped]
 
-    def _run(self, micro_batches: Sequence[Batch], reduction: str, scale: float, *, backward: bool) -> list[Any]:
+    def _objective(self, distill: Distill) -> Distillation:
+        options = self.options
+        plan = unshared(self.config.num_layers) if options.sharing is None else options.sharing.plan
+        sharing = options.sharing or Sharing(plan=plan)
+        teacher = distill.build_teacher(
+            parallel_of(options),
+            self.groups,
+            self.device,
+            layout=sharing.partition(options.pp, options.vpp),
+            dtype=DTYPES[options.dtype],
+            **model_fields(options),
+        )
+        return distill.objective(self.chunks, teacher, plan if options.sharing else None)
+
+    def _teach(self, teacher: list[LanguageModel], micro_batches: Sequence[Batch]) -> list[torch.Tensor]:
+        """Runs a teacher forward and gives, on the last stage, its last hidden states of each micro-batch."""
+        with torch.no_grad():
+            return self._run(micro_batches, "hidden", 1.0, backward=False, models=teacher)
+
+    def _run(
+        self,
+        micro_batches: Sequence[Batch],
+        reduction: str,
+        scale: float,
+        *,
+        backward: bool,
+        models: list[Any] | None = None,
+    ) -> list[Any]:
         """Runs the schedule and gives what the loss function kept of each micro-batch, on the last stage."""
-        keep_labels = reduction != "logits"
 
         def forward(batches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Any]:
-            inputs: dict[str, Any] = model_inputs(next(batches), self.device)
-            inputs = inputs | ({"reduction": reduction} if keep_labels else {"labels": None})
+            batch = next(batches)
+            inputs: dict[str, Any] = model_inputs(batch, self.device)
+            if reduction == "logits":
+                inputs["labels"] = None
+            elif reduction == "hidden":
+                inputs["objective"] = lambda _, hidden: hidden
+            elif backward and self.objective is not None:
+                inputs["objective"] = self.objective.term(batch, inputs)
+            else:
+                inputs["reduction"] = reduction
 
             def loss(output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
                 counted = torch.ones((), dtype=torch.int, device=self.device)
@@ -95,7 +146,7 @@ class MegatronEngine:
             return model(**inputs), loss
 
         batch, length = micro_batches[0].tokens.shape
-        models = self.wrapped if backward else self.chunks
+        models = models or (self.wrapped if backward else self.chunks)
         iterators: list[Iterator[Batch]] = [iter(micro_batches) for _ in models]
         single = len(models) == 1
         return get_forward_backward_func()(
@@ -118,12 +169,25 @@ class MegatronEngine:
                 wrapped.train()
                 wrapped.zero_grad_buffer()
             self.stepper.optimizer.zero_grad()
-            kept = self._run(micro_batches, "sum", 1.0 / max(tokens, 1), backward=True)
+            scale = 1.0 / max(tokens, 1)
+            if self.objective is not None:
+                self.objective.begin(self.stepper.updates, micro_batches, scale=scale, run=self._teach)
+            kept = self._run(micro_batches, "sum", scale, backward=True)
             norm, finite = self.stepper.step(lr)
+        self._guard()
         counts = self.is_last and self.groups.tp.rank() == 0
         local = float(torch.stack(kept).double().sum()) if counts else 0.0
         total = ranks.sum_over([local], None, self.device)[0] if self.topology.world_size > 1 else local
         return StepResult(total / max(tokens, 1), norm, tokens, skipped=not finite)
+
+    def _guard(self) -> None:
+        """Compares the copies of shared stages now and then, and the count of their gradient hooks once."""
+        if self.ties is None:
+            return
+        if self.stepper.updates % self.ties.guard_every_steps == 0:
+            self.ties.check(self.stepper.updates)
+        if self.stepper.updates == 1 and self.options.overlap_grad_reduce:
+            check_hook_counts(self.wrapped)
 
     def _evaluate(self, micro_batches: Sequence[Batch], reduction: str) -> list[torch.Tensor]:
         for chunk in self.chunks:
@@ -182,6 +246,8 @@ class MegatronEngine:
 
     def restore(self, read: ReadPart, *, step_count: int) -> None:
         """Sets weights and optimizer state from a stored state, whatever layout or engine wrote it."""
+        if self.options.sharing is not None:
+            read = by_first_layer(read, self.options.sharing.plan)
         self.stepper.prepare_restore(step_count)
         restore_shards(itertools.chain(self.stepper.weight_shards(), self.stepper.state_shards()), read)
 

@@ -1,0 +1,111 @@
+"""A frozen teacher on the ranks of its student, cut in the same way."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import xxhash
+
+from megatron_inherit.arch.model_config import ModelConfig
+from megatron_inherit.base.errors import ConfigError
+from megatron_inherit.model.build import DecoderConfig, Parallel, build_chunks, decoder_config
+from megatron_inherit.model.load import load_chunk, source_reader
+from megatron_inherit.sharing.partition import Partition
+from megatron_inherit.sharing.stage_plan import unshared
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from megatron_inherit.checkpoint.stream import Source
+    from megatron_inherit.model.language_model import LanguageModel
+
+
+def teacher_fingerprint(source: Source) -> str:
+    """Hashes what identifies a teacher: the hashes of its headers, index and configuration."""
+    state = xxhash.xxh3_128()
+    for name in sorted(source.identity):
+        state.update(f"{name}={source.identity[name]}\n".encode())
+    return state.hexdigest()
+
+
+def check_teacher(teacher: ModelConfig, student: ModelConfig, *, hidden: bool) -> None:
+    """Refuses a teacher whose tokens, or whose width where hidden states are compared, are not the student's.
+
+    Raises:
+        ConfigError: They differ.
+    """
+    if teacher.vocab_size != student.vocab_size:
+        raise ConfigError(
+            "Teacher and student have different vocabularies.",
+            got=f"{teacher.vocab_size} and {student.vocab_size} tokens",
+            fix="Distil between models of one tokenizer.",
+        )
+    if hidden and teacher.hidden_size != student.hidden_size:
+        raise ConfigError(
+            "Hidden states are compared only between models of equal width.",
+            got=f"{teacher.hidden_size} and {student.hidden_size}",
+            fix="Set distill.hidden_weight to 0.",
+        )
+
+
+def teacher_partition(num_layers: int, student: Partition) -> Partition:
+    """Cuts a teacher at the same shares of its depth as its student, so that the ends of stages meet on one rank.
+
+    Args:
+        num_layers: Depth of the teacher.
+        student: Layers of each of the student's pipeline chunks.
+
+    Raises:
+        ConfigError: A chunk would be empty.
+    """
+    depth = student.plan.num_layers
+    bounds = tuple(round(num_layers * bound / depth) for bound in student.bounds)
+    if any(low >= high for low, high in itertools.pairwise(bounds)):
+        raise ConfigError(
+            "The teacher has too few layers for this pipeline.", got=f"{num_layers} over {len(bounds) - 1} chunks"
+        )
+    return Partition(unshared(num_layers), student.pipeline, student.chunks, bounds)
+
+
+def build_teacher(
+    source: Source,
+    parallel: Parallel,
+    groups: ProcessGroupCollection,
+    device: torch.device,
+    *,
+    dtype: torch.dtype,
+    partition: Partition | None = None,
+    **fields: Any,
+) -> list[LanguageModel]:
+    """Builds this rank's part of a teacher and fills it: in evaluation mode, without gradients.
+
+    Args:
+        source: Its checkpoint.
+        parallel: How its student is cut.
+        groups: The student's process groups.
+        device: Where it lives.
+        dtype: Of its weights.
+        partition: Its pipeline chunks, with a pipeline.
+        fields: Further fields of the model's configuration.
+    """
+    layout = partition.layout() if partition is not None and parallel.pp > 1 else None
+    even = Parallel(
+        tp=parallel.tp, pp=parallel.pp, vpp=parallel.vpp, cp=parallel.cp, sequence_parallel=parallel.sequence_parallel
+    )
+    config: DecoderConfig = decoder_config(
+        source.config, even, dtype=dtype, pipeline_model_parallel_layout=layout, **fields
+    )
+    chunks = list(build_chunks(source.config, config, groups, device))
+    read = source_reader(source, source.config)
+    for chunk in chunks:
+        load_chunk(chunk, read)
+        chunk.eval().requires_grad_(False)
+    return chunks
+
+
+def layers_at(chunks: Sequence[LanguageModel]) -> dict[int, torch.nn.Module]:
+    """Gives this rank's layers by the number of layers passed at their end."""
+    return {layer.layer_number: layer for chunk in chunks for layer in chunk.decoder.layers}

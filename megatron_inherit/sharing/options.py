@@ -1,0 +1,34 @@
+"""How a run shares its layers; what engines and recipes pass on, without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_inherit.sharing.partition import Partition, partition
+from megatron_inherit.sharing.stage_plan import StagePlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharing:
+    """Which layers apply the same weights, and how a pipeline keeps them the same.
+
+    Attributes:
+        plan: The stages.
+        allow_cross_rank: A stage may lie on several pipeline ranks.
+        gradient: ``sum`` is what a weight used k times gets; ``mean`` divides by k before clipping.
+        guard_every_steps: Steps between comparisons of the copies of a stage on several ranks.
+    """
+
+    plan: StagePlan
+    allow_cross_rank: bool = False
+    gradient: Literal["sum", "mean"] = "sum"
+    guard_every_steps: int = 100
+
+    def partition(self, pipeline: int, chunks: int = 1) -> Partition:
+        """Lays the stages over pipeline ranks.
+
+        Raises:
+            ConfigError: A stage would have to be cut where it may not be.
+        """
+        return partition(self.plan, pipeline, chunks, allow_cross_rank=self.allow_cross_rank)
