@@ -40,7 +40,8 @@ def configuration_page() -> str:
         "# Configuration",
         "",
         "A recipe is one YAML file with these sections. Any key can be overridden on the command line as "
-        "`section.key=value`. An unknown key, a duplicate key, NaN and infinity are errors that name the key (exit code 3).",
+        "`section.key=value`. An unknown key, a duplicate key, NaN and infinity are errors that name the key "
+        "(exit code 3).",
         "",
     ]
     for name, field in RunConfig.model_fields.items():

@@ -225,6 +225,33 @@ def order(
             )
 
 
+@app.command()
+def windows(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Subset, folder of tokens, or prefix.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="File of evaluation windows to write.")],
+    count: Annotated[int, typer.Option("--count", min=1, help="Windows; fewer if the split is smaller.")] = 1024,
+    sequence_length: Annotated[int, typer.Option(min=1, help="Tokens predicted in a window.")] = 1024,
+    split: Annotated[str, typer.Option(help="Of a subset; 'all' for other data.")] = "valid",
+    seed: Annotated[int, typer.Option(help="Which windows are taken.")] = 0,
+    tokenizer: Annotated[str, typer.Option(help="For data that names none.")] = "",
+) -> None:
+    """Fix evaluation windows: one file for all runs that are to be compared."""
+    from megatron_inherit.base.errors import UsageError
+    from megatron_inherit.data.loader import LoaderOptions, open_loader
+    from megatron_inherit.data.tokenizer import open_tokenizer
+    from megatron_inherit.data.windows import EvalWindows
+
+    loader = open_loader(LoaderOptions(str(path), sequence_length, seed=seed, epochs=1, split=split))
+    made_with = loader.stream.tokenizer
+    name = tokenizer or (made_with.path if made_with else "")
+    if not name:
+        raise UsageError(f"{path} does not say which tokenizer made it.", fix="Pass --tokenizer.")
+    made = EvalWindows.build(loader, open_tokenizer(name), windows=count)
+    made.save(out)
+    typer.echo(f"{out}: {len(made)} windows of {sequence_length} tokens, {made.num_bytes} bytes of text")
+    typer.echo(f"fingerprint {made.fingerprint}")
+
+
 def _show(summary: Summary, as_json: bool) -> None:
     if as_json:
         typer.echo(summary.model_dump_json(indent=1))
