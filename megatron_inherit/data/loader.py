@@ -159,12 +159,13 @@ class Loader:
 
     def drawn(self, start: int, stop: int) -> dict[str, int]:
         """Counts the tokens of each domain in samples ``[start, stop)``, computed from the order, not from a log."""
-        whole, left = divmod(stop - start, self.samples_per_epoch)
-        totals = np.zeros(len(self.stream.domains), np.int64)
-        if whole:
-            totals += whole * self._drawn(0, self.samples_per_epoch, shuffled=False)
-        if left:
-            totals += self._drawn(stop - left, stop, shuffled=True)
+        size = self.samples_per_epoch
+        first, last = -(-start // size), stop // size
+        if first > last:
+            totals = self._drawn(start, stop, shuffled=True)
+        else:
+            totals = self._drawn(start, first * size, shuffled=True) + self._drawn(last * size, stop, shuffled=True)
+            totals += (last - first) * (self._drawn(0, size, shuffled=False) if last > first else 0)
         names = dict.fromkeys((domain.name for domain in self.stream.domains), 0)
         for domain, total in zip(self.stream.domains, totals.tolist(), strict=True):
             names[domain.name] += total
