@@ -116,6 +116,27 @@ def check_kept(config: RunConfig) -> None:
         )
 
 
+def check_distill(config: RunConfig) -> None:
+    """A distillation has a teacher, and compares whole hidden states."""
+    distill, parallel = config.distill, config.parallel
+    if distill.cache is not None and distill.teacher is None:
+        raise ConfigError(
+            "distill.cache: without the teacher that made it.", fix="Set distill.teacher too; it is only identified."
+        )
+    if distill.alpha_end is not None and not distill.alpha_steps:
+        raise ConfigError("distill.alpha_end: in how many steps?", fix="Set distill.alpha_steps.")
+    if distill.cache is not None and (distill.kind != "forward" or distill.hidden_weight):
+        raise ConfigError(
+            "distill.cache: cached targets serve forward KL and nothing else.",
+            fix="Set distill.kind=forward and distill.hidden_weight=0, or leave distill.cache out.",
+        )
+    if distill.hidden_weight and (parallel.sequence_parallel or parallel.cp > 1):
+        raise ConfigError(
+            "distill.hidden_weight: hidden states are compared whole, and here each rank holds a part of the sequence.",
+            fix="Set parallel.sequence_parallel=false and parallel.cp=1, or distill.hidden_weight=0.",
+        )
+
+
 LONGEST = 1 << 62
 CHECKS: tuple[Callable[[RunConfig], None], ...] = (
     check_model_source,
@@ -125,4 +146,5 @@ CHECKS: tuple[Callable[[RunConfig], None], ...] = (
     check_zero_and_pipeline,
     check_zero_dtype,
     check_kept,
+    check_distill,
 )

@@ -301,6 +301,47 @@ class GuardSection(Section):
     max_rollbacks: Count = 2
 
 
+class SharingSection(Section):
+    """Layers that apply the same weights (SWS); a learngene as ``model.path`` brings its own plan.
+
+    Attributes:
+        plan: Stage plan, for instance ``3,3,4,3,3``; default that of the model.
+        allow_cross_rank: A stage may lie on several pipeline ranks, at the price of an all-reduce a step.
+        gradient: ``sum`` is what a weight used k times gets; ``mean`` divides by k before clipping.
+        guard_every_steps: Steps between comparisons of the copies of a stage on several ranks.
+    """
+
+    plan: Text | None = None
+    allow_cross_rank: bool = False
+    gradient: Literal["sum", "mean"] = "sum"
+    guard_every_steps: Positive = 100
+
+
+class DistillSection(Section):
+    """A teacher to learn from; without one the next token is learnt.
+
+    Attributes:
+        teacher: Folder of any checkpoint format.
+        cache: Its targets made by ``minherit share cache``, instead of running it.
+        alpha: Share of the divergence, the rest is cross-entropy; 1 is the SWS paper's.
+        alpha_end, alpha_steps: Share to which alpha moves in a straight line, and in how many steps.
+        temperature: Softens both distributions.
+        kind: ``forward`` KL(teacher, student), ``reverse`` or ``jsd``.
+        hidden_weight: Of the distance of hidden states at the ends of the stages.
+        hidden_kind: That distance.
+    """
+
+    teacher: Text | None = None
+    cache: Text | None = None
+    alpha: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=1)] = 1.0
+    alpha_end: Annotated[float | None, BeforeValidator(_no_bool), Field(ge=0, le=1)] = None
+    alpha_steps: Count = 0
+    temperature: Rate = 1.0
+    kind: Literal["forward", "reverse", "jsd"] = "forward"
+    hidden_weight: Real = 0.0
+    hidden_kind: Literal["mse", "cosine"] = "mse"
+
+
 class RunConfig(Section):
     """A complete run; ``engine`` chooses which of the two engines' sections counts."""
 
@@ -318,6 +359,8 @@ class RunConfig(Section):
     eval: EvalSection = EvalSection()
     logging: LoggingSection = LoggingSection()
     guard: GuardSection = GuardSection()
+    sharing: SharingSection = SharingSection()
+    distill: DistillSection = DistillSection()
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:

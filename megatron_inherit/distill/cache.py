@@ -21,7 +21,8 @@ from megatron_inherit.base.errors import DataError
 if TYPE_CHECKING:
     import torch
 
-    from megatron_inherit.data.loader import Batch
+    from megatron_inherit.checkpoint.stream import Source
+    from megatron_inherit.data.loader import Batch, Loader
 
 Method = Literal["top", "draw"]
 MANIFEST = "manifest.json"
@@ -49,6 +50,21 @@ class CacheKey:
     temperature: float
     sequence_length: int
     vocab_size: int
+
+
+def cache_key(teacher: Source, loader: Loader, *, temperature: float) -> CacheKey:
+    """Gives what the targets of a teacher on a loader's samples depend on."""
+    from megatron_inherit.distill.teacher import teacher_fingerprint
+
+    tokenizer = loader.stream.tokenizer
+    return CacheKey(
+        teacher=teacher_fingerprint(teacher),
+        tokenizer="" if tokenizer is None else tokenizer.fingerprint,
+        data=loader.fingerprint,
+        temperature=temperature,
+        sequence_length=loader.sequence_length,
+        vocab_size=teacher.config.vocab_size,
+    )
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,9 @@ from megatron_inherit.checkpoint.stream import Source
 from megatron_inherit.config.schema import RunConfig
 from megatron_inherit.engines.base import EngineOptions
 from megatron_inherit.engines.check import check_batch, check_options
+from megatron_inherit.sharing.options import Sharing
+from megatron_inherit.sharing.tensors import count_shared
+from megatron_inherit.train.objectives import sharing_of, stored_config, teacher_of
 from megatron_inherit.train.schedule import BatchPlan, Schedule, batch_plan, schedule_of, total_steps
 
 
@@ -34,7 +37,7 @@ class RunPlan:
         world_size: Number of processes.
         total_steps: Optimizer steps of the run.
         batches, schedule: Batch size and learning rate.
-        parameters: Of the model.
+        parameters: Of the model, shared ones once.
         checkpoint_bytes: Of one checkpoint.
     """
 
@@ -59,10 +62,16 @@ class RunPlan:
         """Sequences of the whole run."""
         return self.batches.samples_after(self.total_steps)
 
+    @property
+    def hf_config(self) -> Mapping[str, Any] | None:
+        """The ``config.json`` that checkpoints carry, if there is one."""
+        return stored_config(self.config, self.model, self.source, self.options.sharing)
+
     def summary(self) -> dict[str, Any]:
         """Gives what a person wants to know before starting."""
         return {
             "model": f"{self.model.family}, {self.model.num_layers} layers, {self.parameters} parameters",
+            **({"sharing": str(self.options.sharing.plan)} if self.options.sharing else {}),
             "engine": self.config.engine,
             "processes": self.world_size,
             "replicas": self.options.data_size(self.world_size),
@@ -86,7 +95,8 @@ def plan_run(config: RunConfig, *, world_size: int | None = None) -> RunPlan:
     world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
     source = None if config.model.path is None else open_source(config.model.path)
     model = _preset_of(config) if source is None else source.config
-    options = engine_options(config)
+    options = engine_options(config, sharing_of(config, model, source))
+    teacher_of(config, model)
     check_options(config.engine, options, model, world_size=world_size)
     batches = batch_plan(config)
     for size in _batch_sizes(batches):
@@ -104,7 +114,8 @@ def plan_run(config: RunConfig, *, world_size: int | None = None) -> RunPlan:
             got=schedule.warmup_steps,
             expected=f"at most {schedule.total_steps}",
         )
-    parameters = count_parameters(model)
+    shared = options.sharing
+    parameters = count_parameters(model) if shared is None else count_shared(model, shared.plan).unique
     return RunPlan(
         config=config,
         model=model,
@@ -123,7 +134,7 @@ CHECKPOINT_BYTES: Mapping[str, int] = {"fp32": 12, "bf16": 14}
 """Bytes a parameter: weight, two fp32 moments, and in bf16 training an fp32 master."""
 
 
-def engine_options(config: RunConfig) -> EngineOptions:
+def engine_options(config: RunConfig, sharing: Sharing | None = None) -> EngineOptions:
     """Translates a recipe for the engines."""
     train, optimizer, parallel = config.train, config.optimizer, config.parallel
     return EngineOptions(
@@ -148,6 +159,7 @@ def engine_options(config: RunConfig) -> EngineOptions:
         clip=optimizer.clip,
         deterministic=train.deterministic,
         timeout_s=parallel.timeout_seconds,
+        sharing=sharing,
     )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_inherit.base.errors import CheckpointError, UsageError
 from megatron_inherit.base.log import get_logger
 from megatron_inherit.checkpoint.formats import native
+from megatron_inherit.sharing.stage_plan import StagePlan
 from megatron_inherit.train.checkpointing import LATEST, list_steps, step_folder
 from megatron_inherit.train.snapshot import restore_random_state
 from megatron_inherit.train.state import RunState
@@ -32,12 +33,14 @@ class Identity:
         tokenizer: Hash of the tokenizer that made the token ids, or empty.
         data: Hash of the token files.
         order: Hash of everything that maps a sample's index to its tokens.
+        stages: Stage plan as JSON, or None where nothing is shared.
     """
 
     model: Mapping[str, Any]
     tokenizer: str
     data: str
     order: str
+    stages: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Gives plain values."""
@@ -55,6 +58,13 @@ class Identity:
                 expected=f"{key} = {model[key]}",
                 fix="Set run.output to another folder, or model.path to the model of that run.",
             )
+        if not _continues(self.stages, stored.get("stages")):
+            raise CheckpointError(
+                f"{where} was trained with another stage plan.",
+                got=stored.get("stages") and str(StagePlan.from_json(stored["stages"])),
+                expected=self.stages and str(StagePlan.from_json(self.stages)),
+                fix="Set sharing.plan back, or to a finer split of that plan, or run.output to another folder.",
+            )
         for name, key in (("tokenizer", "data.path"), ("data", "data.path"), ("order", "data.*, run.seed")):
             if stored[name] != getattr(self, name):
                 what = {"tokenizer": "another tokenizer", "data": "other data", "order": "another sample order"}[name]
@@ -64,6 +74,13 @@ class Identity:
                     expected=getattr(self, name) or "none",
                     fix=f"Set run.output to another folder, or {key} (and sequence_length) back.",
                 )
+
+
+def _continues(stages: Mapping[str, Any] | None, stored: Mapping[str, Any] | None) -> bool:
+    """Tells whether a model can go on from another: with the same stages, or a split of them, down to none shared."""
+    if stages == stored or stored is None:
+        return stages == stored
+    return stages is None or StagePlan.from_json(stages).refines(StagePlan.from_json(stored))
 
 
 def refuse_existing(folder: Path) -> None:

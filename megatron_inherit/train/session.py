@@ -113,7 +113,7 @@ def open_session(plan: RunPlan, *, resume: Resume = "auto", profile: bool = Fals
             on_silence=lambda sentence: _end(plan.output, sentence),
         )
         loader, windows = _open_data(plan, rank)
-        engine = stack.enter_context(_engine(plan))
+        engine = stack.enter_context(_engine(plan, loader))
         stack.enter_context(watchdog)
         identity = _identity(plan, loader)
         session = Session(
@@ -179,15 +179,23 @@ def _exit_status(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _engine(plan: RunPlan) -> Iterator[Engine]:
+def _engine(plan: RunPlan, loader: Loader) -> Iterator[Engine]:
     """Builds the engine; leaves its process groups only if all ranks come to that point."""
-    from megatron_inherit.engines.create import create_engine
-
     import torch
+
+    from megatron_inherit.engines.create import create_engine
+    from megatron_inherit.train.objectives import distill_of
 
     torch.manual_seed(plan.config.run.seed)
     source = plan.source if plan.config.model.init == "weights" else None
-    engine = create_engine(plan.config.engine, plan.options, plan.model, source=source, seed=plan.config.run.seed)
+    engine = create_engine(
+        plan.config.engine,
+        plan.options,
+        plan.model,
+        source=source,
+        seed=plan.config.run.seed,
+        distill=distill_of(plan.config, plan.model, loader),
+    )
     together = False
     try:
         yield engine
@@ -274,6 +282,7 @@ def _identity(plan: RunPlan, loader: Loader) -> Identity:
         tokenizer="" if tokenizer is None else tokenizer.fingerprint,
         data=loader.stream.fingerprint,
         order=loader.fingerprint,
+        stages=plan.options.sharing.plan.to_json() if plan.options.sharing else None,
     )
 
 
@@ -294,7 +303,12 @@ def _side_files(plan: RunPlan, loader: Loader) -> tuple[SideFile, ...]:
     """Takes the model's tokenizer and licence; a preset's model takes the tokenizer of its data."""
     if plan.source is not None and plan.source.side_files:
         return plan.source.side_files
-    path = Path(loader.stream.tokenizer.path) if loader.stream.tokenizer is not None else None
+    tokenizer = loader.stream.tokenizer
+    if tokenizer is not None and tokenizer.kind == "bytes":
+        from megatron_inherit.data.byte_files import byte_tokenizer_files
+
+        return tuple(SideFile(name, content=content) for name, content in byte_tokenizer_files().items())
+    path = Path(tokenizer.path) if tokenizer is not None else None
     if path is None or not path.exists():
         return ()
     from megatron_inherit.checkpoint.files import file_pool

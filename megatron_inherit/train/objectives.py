@@ -1,0 +1,92 @@
+"""What a recipe's ``sharing`` and ``distill`` sections mean for a run: stages of weights, and a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_inherit.arch.model_config import ModelConfig
+from megatron_inherit.checkpoint.detect import open_source
+from megatron_inherit.checkpoint.formats.hf_config import write_config
+from megatron_inherit.checkpoint.stages import KEY
+from megatron_inherit.checkpoint.stream import Source
+from megatron_inherit.sharing.learngene import plan_of
+from megatron_inherit.sharing.options import Sharing
+from megatron_inherit.sharing.stage_plan import parse_plan, require_cover
+
+if TYPE_CHECKING:
+    from megatron_inherit.config.schema import RunConfig
+    from megatron_inherit.data.loader import Loader
+    from megatron_inherit.distill.options import Distill
+
+DTYPES = {"fp32": "F32", "bf16": "BF16"}
+
+
+def sharing_of(config: RunConfig, model: ModelConfig, source: Source | None) -> Sharing | None:
+    """Finds a run's stages: the recipe's, else those of the learngene or checkpoint it starts from.
+
+    Raises:
+        ConfigError: The plan does not cover the model.
+    """
+    section = config.sharing
+    plan = parse_plan(section.plan) if section.plan else None if source is None else plan_of(source)
+    if plan is None:
+        return None
+    require_cover(plan, model)
+    return Sharing(
+        plan=plan,
+        allow_cross_rank=section.allow_cross_rank,
+        gradient=section.gradient,
+        guard_every_steps=section.guard_every_steps,
+    )
+
+
+def stored_config(
+    config: RunConfig, model: ModelConfig, source: Source | None, sharing: Sharing | None
+) -> Mapping[str, Any] | None:
+    """Gives the ``config.json`` that a run's checkpoints carry, with the stages they share."""
+    raw = None if source is None else source.hf_config
+    if sharing is None:
+        return raw if raw is None else {name: value for name, value in raw.items() if name != KEY}
+    return {**(raw or write_config(model, DTYPES[config.train.dtype])), KEY: sharing.plan.to_json()}
+
+
+def teacher_of(config: RunConfig, model: ModelConfig) -> Source | None:
+    """Opens the teacher a recipe names, online or as the maker of its cache.
+
+    Raises:
+        ConfigError: It does not fit the student.
+        CheckpointError: It is missing or damaged.
+    """
+    section = config.distill
+    if section.teacher is None:
+        return None
+    from megatron_inherit.distill.teacher import check_teacher
+
+    teacher = open_source(section.teacher)
+    check_teacher(teacher.config, model, hidden=section.hidden_weight > 0)
+    return teacher
+
+
+def distill_of(config: RunConfig, model: ModelConfig, loader: Loader) -> Distill | None:
+    """Prepares a distillation, or gives None where the recipe has none.
+
+    Raises:
+        ConfigError: The teacher does not fit the student.
+        DataError: The cache was made by another teacher, for other data, another order or temperature.
+    """
+    section = config.distill
+    teacher = teacher_of(config, model)
+    if teacher is None:
+        return None
+    from megatron_inherit.distill.losses import Mix
+    from megatron_inherit.distill.options import Distill
+
+    mix = Mix(**section.model_dump(exclude={"teacher", "cache"}))
+    if section.cache is None:
+        return Distill(mix=mix, teacher=teacher)
+    from megatron_inherit.distill.cache import CachedTargets, cache_key
+
+    key = cache_key(teacher, loader, temperature=section.temperature)
+    return Distill(mix=mix, cache=CachedTargets(Path(section.cache), key))
