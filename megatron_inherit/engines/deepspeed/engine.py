@@ -55,6 +55,7 @@ class DeepSpeedEngine:
         self.topology = Topology(
             dist.get_rank(), dist.get_world_size(), groups.dp.rank(), groups.dp.size(), model_rank=groups.tp.rank()
         )
+        self.mpu = mpu_of(groups)
         ds_config = deepspeed_config(options, replicas=groups.dp.size())
         self.model = self._build(deepspeed, ds_config)
         pieces = pieces_of(self.model)
@@ -63,10 +64,9 @@ class DeepSpeedEngine:
         self._sum_over_tensor_ranks()
         self.objective = None if distill is None else self._objective(distill)
         self.adam = self._adam()
-        mpu = mpu_of(groups) if options.tp > 1 else None
         with cuda_means_cpu():
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
-                model=self.model, optimizer=self.adam, config=ds_config, mpu=mpu
+                model=self.model, optimizer=self.adam, config=ds_config, mpu=self.mpu
             )
 
     def _build(self, deepspeed: Any, ds_config: dict[str, Any]) -> Any:
@@ -76,7 +76,9 @@ class DeepSpeedEngine:
         context: Any = contextlib.nullcontext()
         if self.options.zero_stage == 3:
             # the configuration says the dtype: an argument of that name is ignored where fp16 is not supported
-            context = deepspeed.zero.Init(config_dict_or_path=ds_config, data_parallel_group=self.groups.dp)
+            context = deepspeed.zero.Init(
+                config_dict_or_path=ds_config, data_parallel_group=self.groups.dp, mpu=self.mpu
+            )
         with context:
             model = next(build_chunks(self.config, core, self.groups, self.device))
         if self.options.sharing is not None:
