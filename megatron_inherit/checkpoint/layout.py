@@ -37,6 +37,7 @@ query heads, its key head, its value head (Megatron checkpoint_version 2 and 3, 
 ``rope_interleaved``: one part whose heads hold the two rotated halves alternately (Meta).
 """
 
+_MAX_CANDIDATES = 2000
 _AXIS = {"vocab": 0, "column": 0, "row": 1, "none": None}
 
 
@@ -266,14 +267,14 @@ def check_names(
     missing = [name for name in want if name not in have]
     unknown = sorted(name for name in have - set(want) if not any(re.fullmatch(rule, name) for rule in ignored))
     if missing:
-        near = difflib.get_close_matches(missing[0], unknown or have, n=1)
+        near = difflib.get_close_matches(missing[0], (unknown or sorted(have))[:_MAX_CANDIDATES], n=1)
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise CheckpointError(
             f"{where}: tensor {missing[0]}{more} of a {config.num_layers}-layer {config.family} model is missing.",
             fix=f"The nearest name found is {near[0]}." if near else "",
         )
     if unknown:
-        near = difflib.get_close_matches(unknown[0], want, n=1)
+        near = difflib.get_close_matches(unknown[0], want[:_MAX_CANDIDATES], n=1)
         more = f" (and {len(unknown) - 1} more)" if len(unknown) > 1 else ""
         raise CheckpointError(
             f"{where}: tensor {unknown[0]}{more} has no place in a {config.num_layers}-layer {config.family} model.",

@@ -18,6 +18,7 @@ import numpy as np
 import xxhash
 
 from megatron_inherit.arch.model_config import ModelConfig
+from megatron_inherit.arch.tensors import tensor_table
 from megatron_inherit.base.atomic import write_bytes, write_json
 from megatron_inherit.base.errors import CheckpointError
 from megatron_inherit.checkpoint.dtypes import WEIGHT_DTYPES, cast
@@ -183,7 +184,7 @@ def bind(config: ModelConfig, extents: Mapping[str, Extent], where: str) -> dict
         mapped = tensor.map(whole(extent))
         for part in tensor.parts:
             tensors[part.name] = StoredTensor(part.shape, extent.dtype, mapped[part.name])
-    return tensors
+    return {name: tensors[name] for name in tensor_table(config)}
 
 
 def fold_layer_scale(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

@@ -52,8 +52,12 @@ def read_config(raw: Mapping[str, Any], *, where: str) -> ModelConfig:
         return _read_gpt2(raw, where) if family == "gpt2" else _read_llama(raw, where)
     except KeyError as error:
         raise CheckpointError(f"{where}: the field {error} is missing.") from error
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{where}: a field has a value of the wrong type.", got=error) from error
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{where}: a field has a value that cannot be.", got=error) from error
+    except CheckpointError as error:
+        if where in error.what:
+            raise
+        raise CheckpointError(f"{where}: {error.what}", got=error.got) from error
 
 
 def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
