@@ -38,13 +38,11 @@ def train(
     from megatron_inherit.config.load import load_recipe, to_yaml
     from megatron_inherit.train.preflight import plan_run
 
-    plan = plan_run(load_recipe(recipe, overrides or []))
+    config = load_recipe(recipe, overrides or [])
     if dry_run:
-        typer.echo(to_yaml(plan.config) + "# " + json.dumps(plan.summary()))
+        typer.echo(to_yaml(config) + "# " + json.dumps(plan_run(config).summary()))
         return
     warnings.filterwarnings("ignore", module=r"megatron\.")
-    from megatron_inherit.train.loop import train as run_loop
-    from megatron_inherit.train.session import open_session
+    from megatron_inherit.train.loop import pretrain
 
-    with open_session(plan, resume="never" if resume == "never" else "auto", profile=profile) as session:
-        run_loop(session)
+    pretrain(config, resume="never" if resume == "never" else "auto", profile=profile)

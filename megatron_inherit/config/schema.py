@@ -39,6 +39,7 @@ Count = Annotated[int, BeforeValidator(_count), Field(ge=0, le=LARGEST)]
 Positive = Annotated[int, BeforeValidator(_count), Field(ge=1, le=LARGEST)]
 Real = Annotated[float, BeforeValidator(_no_bool), Field(ge=0)]
 Rate = Annotated[float, BeforeValidator(_no_bool), Field(gt=0)]
+Part = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=1)]
 Share = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1)]
 Logger = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 
@@ -249,7 +250,7 @@ class EvalSection(Section):
     Attributes:
         windows: File of evaluation windows, or None for no evaluation.
         every_steps: Steps between evaluations; the start and the last step are always evaluated.
-        micro_batch: Windows of one forward pass; default ``train.micro_batch``.
+        micro_batch: Windows a replica takes at a time; default eight times ``train.micro_batch``.
     """
 
     windows: Text | None = None
@@ -333,8 +334,8 @@ class DistillSection(Section):
 
     teacher: Text | None = None
     cache: Text | None = None
-    alpha: Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=1)] = 1.0
-    alpha_end: Annotated[float | None, BeforeValidator(_no_bool), Field(ge=0, le=1)] = None
+    alpha: Part = 1.0
+    alpha_end: Part | None = None
     alpha_steps: Count = 0
     temperature: Rate = 1.0
     kind: Literal["forward", "reverse", "jsd"] = "forward"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -169,14 +169,3 @@ def _finite(value: Any) -> Any:
 
 def _is_number(key: str, value: Any) -> bool:
     return key not in ("kind", "step") and isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def sample_ranges(ids: Sequence[int]) -> list[list[int]]:
-    """Writes sample ids as inclusive ranges, since those of a step are neighbours."""
-    ranges: list[list[int]] = []
-    for number in sorted(ids):
-        if ranges and number == ranges[-1][1] + 1:
-            ranges[-1][1] = number
-        else:
-            ranges.append([number, number])
-    return ranges

@@ -44,8 +44,10 @@ class Progress:
             left = format_seconds((self.total - row["step"]) * self._step_seconds)
             logger.info("step %d/%d  %s  %s left", row["step"], self.total, self._figures(row), left)
 
-    def close(self) -> None:
-        """Leaves the bar standing."""
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
 

@@ -1,0 +1,177 @@
+"""What happens between two steps: restoring, comparing ranks, evaluating, saving, rolling back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from megatron_inherit.base.errors import DiskError, DivergedError
+from megatron_inherit.base.log import get_logger
+from megatron_inherit.config.load import config_hash
+from megatron_inherit.train import metrics, resume
+from megatron_inherit.train.checkpointing import SaveReport
+from megatron_inherit.train.pace import unequal_ranks
+from megatron_inherit.train.session import Session, write_skipped
+from megatron_inherit.train.state import RunState
+from megatron_inherit.train.validation import evaluate
+
+logger = get_logger(__name__)
+
+
+def begin(run: Session) -> RunState:
+    """Restores the newest whole checkpoint, or evaluates the untrained model."""
+    run.watchdog.progress(0, "restore")
+    found = resume.find_checkpoint(run.checkpoints, run.engine) if run.resume == "auto" else None
+    state = RunState() if found is None else resume.restore(found, run.engine, run.identity)
+    if run.is_first:
+        metrics.trim(run.plan.output, state.step if found else -1)
+        facts = {"world_size": run.plan.world_size, "engine": run.plan.config.engine, "resumed": found is not None}
+        run.metrics.write(metrics.session_row(state.step, run.meter, facts))
+        logger.info("%s step %d of %d.", "Resuming after" if found else "Starting at", state.step, run.plan.total_steps)
+    if found is None:
+        evaluate_now(run, state)
+    return state
+
+
+def compare_ranks(run: Session, state: RunState) -> None:
+    """Looks for slow ranks and for replicas whose weights differ, and commits a save that all ranks have written."""
+    guard, several = run.plan.config.guard, run.plan.world_size > 1
+    if several and state.step % guard.straggler_every_steps == 0:
+        for slow in run.pace.stragglers(run.engine):
+            run.metrics.write({"kind": "straggler", "step": state.step, **dataclasses.asdict(slow)})
+            if run.is_first:
+                logger.warning(
+                    "Rank %d on %s is slow: score %.2f, %.3f s a step of its own.",
+                    slow.rank,
+                    slow.host,
+                    slow.score,
+                    slow.own_seconds,
+                )
+    if several and state.step % guard.weight_hash_every_steps == 0:
+        unequal = unequal_ranks(run.engine)
+        if unequal:
+            raise DivergedError(
+                f"Ranks {', '.join(map(str, unequal))} hold other weights than their replicas after step {state.step}.",
+                fix="Check those devices; the run resumes from its last checkpoint.",
+            )
+    keep(run, run.saver.poll)
+
+
+def evaluate_now(run: Session, state: RunState) -> None:
+    """Scores the fixed windows and writes the row."""
+    if run.windows is None:
+        return
+    run.watchdog.progress(state.step, "evaluate")
+    size = run.plan.config.eval.micro_batch or 8 * run.plan.options.micro_batch
+    found = evaluate(run.engine, run.windows, micro_batch=size)
+    row: dict[str, Any] = {
+        "kind": "eval",
+        "step": state.step,
+        "tokens": state.tokens,
+        **found.to_json(),
+        "fingerprint": run.windows.fingerprint,
+    }
+    run.metrics.write(row)
+    run.metrics.send(row)
+    if run.is_first:
+        logger.info("step %d: validation loss %.4f (standard error %.4f)", state.step, found.loss, found.stderr or 0.0)
+
+
+def is_due(step: int, every_steps: int, last: int) -> bool:
+    """Tells whether something is due every so many steps and at the end."""
+    return step % every_steps == 0 or step == last
+
+
+def is_stopping(run: Session, session_steps: int) -> bool:
+    """Asks all ranks whether a signal came or the session's steps are used up."""
+    limit = run.plan.config.train.stop_after
+    return run.engine.any_rank(run.stop.received is not None) or (limit is not None and session_steps >= limit)
+
+
+def save_if_due(run: Session, state: RunState, stopping: bool) -> None:
+    """Saves at every so many steps while the loss is sound, and always before an end."""
+    last = state.step == run.plan.total_steps
+    due = is_due(state.step, run.plan.config.checkpoint.every_steps, run.plan.total_steps)
+    if not (stopping or last or (due and not state.bad_steps)):
+        return
+    run.watchdog.progress(state.step, "save")
+    source = run.plan.source
+    stored = resume.stored_state(
+        state,
+        run.engine,
+        run.identity,
+        hf_config=run.plan.hf_config,
+        licence="" if source is None else source.licence,
+    )
+    facts = {
+        "step": state.step,
+        "tokens": state.tokens,
+        "config_hash": config_hash(run.plan.config),
+        "engine": run.plan.config.engine,
+    }
+    keep(run, lambda: run.saver.save(state.step, stored, facts), must=stopping or last)
+    if stopping or last:
+        keep(run, run.saver.finish, must=True)
+
+
+def keep(run: Session, action: Callable[[], SaveReport | None], *, must: bool = False) -> None:
+    """Does a part of saving, tells what it took, and treats a full disk as the recipe says."""
+    try:
+        report = action()
+    except DiskError as error:
+        if must or run.plan.config.checkpoint.on_disk_full == "stop":
+            raise
+        run.metrics.write({"kind": "save", "step": -1, "error": str(error)})
+        if run.is_first:
+            logger.warning("Training goes on without this checkpoint: %s", error)
+        return
+    if report is not None:
+        run.metrics.write({"kind": "save", **dataclasses.asdict(report)})
+        if run.is_first:
+            logger.info(
+                "Saved step %d: training stood still for %.2f s of %.2f s.",
+                report.step,
+                report.stall_seconds,
+                report.total_seconds,
+            )
+
+
+def finish(run: Session, state: RunState) -> None:
+    """Waits until everything is on disk."""
+    run.watchdog.progress(state.step, "finish")
+    keep(run, run.saver.finish, must=True)
+    run.saver.close()
+    run.engine.barrier()
+
+
+def roll_back(run: Session, state: RunState) -> RunState:
+    """Returns to the last checkpoint without the samples of the bad steps; gives up when that was tried enough."""
+    run.watchdog.progress(state.step, "roll_back")
+    keep(run, run.saver.finish)
+    given_up = (state.bad_since, state.samples)
+    found = resume.find_checkpoint(run.checkpoints, run.engine)
+    if found is None or len(run.skipped) >= run.plan.config.guard.max_rollbacks:
+        raise DivergedError(
+            f"The loss did not recover: {state.bad_steps} bad steps up to step {state.step}, "
+            f"{len(run.skipped)} rollbacks before.",
+            got=f"samples {given_up[0]} to {given_up[1] - 1}",
+            fix="Lower optimizer.lr, lengthen the warm-up, or look at those samples.",
+        )
+    run.skipped.append(given_up)
+    restored = resume.restore(found, run.engine, run.identity)
+    if run.is_first:
+        write_skipped(run.plan.output, run.skipped)
+        metrics.trim(run.plan.output, restored.step)
+        logger.warning(
+            "Rolled back from step %d to %d; samples %d to %d are given up.", state.step, restored.step, *given_up
+        )
+    run.metrics.write(
+        {
+            "kind": "rollback",
+            "step": restored.step,
+            "from_step": state.step,
+            "sample_ids": [given_up[0], given_up[1] - 1],
+        }
+    )
+    return dataclasses.replace(restored, seconds=state.seconds)

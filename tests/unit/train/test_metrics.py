@@ -1,0 +1,125 @@
+import json
+import math
+import re
+
+import pytest
+
+from megatron_inherit.arch.counts import flops_per_token
+from megatron_inherit.arch.presets import preset
+from megatron_inherit.train.loggers import open_loggers
+from megatron_inherit.train.metrics import MetricsLog, session_row, speedometer, trim
+from megatron_inherit.train.progress import Progress
+
+
+class Failing:
+    def log(self, values, step):
+        raise OSError("the server is gone")
+
+    def close(self):
+        raise AssertionError("left out after its first failure")
+
+
+class Taking:
+    def __init__(self):
+        self.taken = []
+
+    def log(self, values, step):
+        self.taken.append((step, values))
+
+    def close(self):
+        self.taken.append("closed")
+
+
+def test_rows_are_json_and_a_failing_logger_is_left_out(tmp_path, caplog):
+    taking = Taking()
+    log = MetricsLog(tmp_path, {"bad": Failing(), "good": taking})
+    for step, loss in ((1, 2.5), (2, math.nan)):
+        row = {"kind": "train", "step": step, "loss": loss, "mfu": None}
+        log.write(row)
+        log.send(row)
+    log.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [
+        {"kind": "train", "step": 1, "loss": 2.5, "mfu": None},
+        {"kind": "train", "step": 2, "loss": None, "mfu": None},
+    ]
+    assert taking.taken[0] == (1, {"train/loss": 2.5})
+    assert taking.taken[-1] == "closed"
+    assert caplog.text.count("bad failed and is left out") == 1
+
+
+def test_rows_that_could_not_be_written_are_written_later(tmp_path):
+    folder = tmp_path / "not-there-yet"
+    log = MetricsLog(folder)
+    log.write({"kind": "train", "step": 1})
+    folder.mkdir()
+    log.write({"kind": "train", "step": 2})
+    assert [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+
+
+def test_trimming_keeps_what_came_before(tmp_path):
+    lines = [json.dumps({"kind": "train", "step": step}) for step in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"kind": "tr')
+    assert trim(tmp_path, 2) == 2
+    assert (tmp_path / "metrics.jsonl").read_text() == "\n".join(lines[:2]) + "\n"
+    assert (tmp_path / "metrics.discarded.jsonl").read_text().splitlines() == [lines[2], '{"kind": "tr']
+    assert trim(tmp_path, 2) == 0
+    assert trim(tmp_path / "nowhere", 0) == 0
+
+
+def test_utilisation_follows_its_formula_and_an_unknown_device_has_none():
+    model = preset("llama-tiny")
+    meter = speedometer(
+        model, sequence_length=64, formula="causal", world_size=4, device_name="NVIDIA H200", peak_tflops=None
+    )
+    assert meter.utilisation(1e6) == pytest.approx(1e6 * flops_per_token(model, 64, "causal") / (4 * 989e12))
+    own = speedometer(model, sequence_length=64, formula="palm", world_size=1, device_name="cpu", peak_tflops=0.1)
+    assert own.utilisation(1e3) == pytest.approx(1e3 * flops_per_token(model, 64, "palm") / 1e11)
+    cpu = speedometer(model, sequence_length=64, formula="palm", world_size=1, device_name="cpu")
+    assert cpu.utilisation(1e6) is None
+    assert session_row(3, own, {"engine": "megatron"})["flops_formula"] == "palm"
+
+
+@pytest.mark.slow
+def test_tensorboard_writes_an_event_file(tmp_path):
+    pytest.importorskip("tensorboard")
+    loggers = open_loggers(("tensorboard",), tmp_path, project="p", run="r", config={})
+    loggers["tensorboard"].log({"train/loss": 1.0}, 3)
+    loggers["tensorboard"].close()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(3, 1.0)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["wandb", "trackio", "mlflow"])
+def test_the_other_loggers_take_numbers_offline(tmp_path, monkeypatch, name):
+    pytest.importorskip(name)
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    loggers = open_loggers((name,), tmp_path, project="p", run="r", config={"a": 1})
+    loggers[name].log({"train/loss": 1.0}, 1)
+    loggers[name].close()
+    assert any(tmp_path.iterdir())
+
+
+def test_lines_without_a_terminal(caplog):
+    caplog.set_level("INFO")
+    with Progress(20, 0, every_steps=5, formula="palm") as progress:
+        for step in range(1, 12):
+            progress.step({"step": step, "loss": 2.0, "tokens_per_s": 1500.0, "mfu": 0.5}, 0.5)
+    assert len(caplog.messages) == 2
+    assert re.fullmatch(
+        r"step 10/20  loss 2\.0000  1\.5k tokens/s  MFU 50\.0% \(palm\)  5\.0s left", caplog.messages[1]
+    )
+
+
+def test_a_bar_on_a_terminal(monkeypatch, caplog):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    with Progress(20, 5, every_steps=5, formula="palm") as progress:
+        progress.step({"step": 10, "loss": 2.0, "tokens_per_s": 1500.0, "mfu": None}, 0.5)
+        (task,) = progress._bar.tasks
+        assert (task.completed, task.total, task.fields["figures"]) == (10, 20, "loss 2.0000  1.5k tokens/s")
+    assert not caplog.messages
