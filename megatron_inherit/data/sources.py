@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import io
 import lzma
 from collections.abc import Iterator
 from pathlib import Path
@@ -199,12 +200,7 @@ def open_binary(path: str) -> IO[bytes]:
 
         return cast("IO[bytes]", gzip.open(raw, "rb"))
     if path.endswith(".zst"):
-        import io
-
-        reader = (
-            require("zstandard", "files ending in .zst").ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        )
-        return io.BufferedReader(reader, 1 << 20)
+        return cast("IO[bytes]", io.BufferedReader(_ZstdReader(raw), 1 << 20))
     if path.endswith(".xz"):
         return cast("IO[bytes]", lzma.open(raw, "rb"))
     if path.endswith(".bz2"):
@@ -218,3 +214,40 @@ def _open_raw(path: str) -> IO[bytes]:
     if "://" in path:
         return cast("IO[bytes]", require("fsspec", "remote paths").open(path, "rb").open())
     return open(path, "rb", buffering=1 << 20)
+
+
+class _ZstdReader(io.RawIOBase):
+    """Reads frames of Zstandard one after the other; the library's own reader takes a cut file for a whole one."""
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self._raw, self._module = raw, require("zstandard", "files ending in .zst")
+        self._frame: Any = None
+        self._input, self._output = b"", b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._output and self._advance():
+            pass
+        part, self._output = self._output[: len(buffer)], self._output[len(buffer) :]
+        buffer[: len(part)] = part
+        return len(part)
+
+    def _advance(self) -> bool:
+        """Decompresses a little more; False at the end of the file."""
+        if not self._input:
+            self._input = self._raw.read(1 << 17)
+        if not self._input:
+            if self._frame is not None:
+                raise EOFError("the file ends inside a Zstandard frame")
+            return False
+        self._frame = self._frame or self._module.ZstdDecompressor().decompressobj()
+        self._output, self._input = self._frame.decompress(self._input), b""
+        if self._frame.eof:
+            self._input, self._frame = self._frame.unused_data, None
+        return True
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
