@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import xxhash
 
 from megatron_inherit.arch.model_config import ModelConfig
 from megatron_inherit.base.errors import ConfigError
-from megatron_inherit.model.build import DecoderConfig, Parallel, build_chunks, decoder_config
+from megatron_inherit.distill.cache import Method, Targets, draw_targets, top_targets
+from megatron_inherit.model.build import DecoderConfig, Parallel, build_chunks, build_single, decoder_config
 from megatron_inherit.model.load import load_chunk, source_reader
 from megatron_inherit.sharing.partition import Partition
 from megatron_inherit.sharing.stage_plan import unshared
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from megatron_inherit.checkpoint.stream import Source
+    from megatron_inherit.data.loader import Batch
     from megatron_inherit.model.language_model import LanguageModel
 
 
@@ -109,3 +112,45 @@ def build_teacher(
 def layers_at(chunks: Sequence[LanguageModel]) -> dict[int, torch.nn.Module]:
     """Gives this rank's layers by the number of layers passed at their end."""
     return {layer.layer_number: layer for chunk in chunks for layer in chunk.decoder.layers}
+
+
+def target_predictor(
+    source: Source, *, method: Method, entries: int, temperature: float, micro_batch: int, dtype: torch.dtype, seed: int
+) -> Callable[[Batch], Targets]:
+    """Builds a whole teacher in this process and gives what ``cache.write_cache`` asks for.
+
+    Args:
+        source: The teacher.
+        method: ``top`` or ``draw``.
+        entries: Stored tokens for each token of a sample.
+        temperature: Divides the logits.
+        micro_batch: Sequences of one forward pass.
+        dtype: Of the teacher.
+        seed: Of the draws; a sample's draws depend on it and on the sample alone.
+    """
+    model = build_single(source.config, dtype=dtype)
+    load_chunk(model, source_reader(source, source.config))
+    model.eval()
+    device = next(model.parameters()).device
+
+    def chosen(logits: torch.Tensor, sample: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if method == "top":
+            return top_targets(logits, entries, temperature=temperature)
+        generator = torch.Generator(logits.device).manual_seed(seed * 1_000_003 + sample)
+        return draw_targets(logits, entries, temperature=temperature, generator=generator)
+
+    @torch.no_grad()
+    def predict(batch: Batch) -> Targets:
+        found = []
+        for start in range(0, len(batch), micro_batch):
+            piece = batch.select(start, start + micro_batch)
+            arrays = (piece.tokens, piece.position_ids, piece.segment_ids)
+            tokens, positions, segments = (
+                None if array is None else torch.from_numpy(np.ascontiguousarray(array)).to(device) for array in arrays
+            )
+            logits = model(tokens, position_ids=positions, segment_ids=segments)
+            rows = zip(logits, piece.sample_ids.tolist(), strict=True)
+            found += [chosen(row[:, : source.config.vocab_size].float(), sample) for row, sample in rows]
+        return tuple(torch.stack(part).cpu().numpy() for part in zip(*found, strict=True))  # type: ignore[return-value]
+
+    return predict

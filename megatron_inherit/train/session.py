@@ -231,12 +231,16 @@ def _end(folder: Path, sentence: str) -> None:
     os._exit(1)
 
 
-def _open_data(plan: RunPlan, rank: int) -> tuple[Loader, EvalWindows | None]:
+def open_run_loader(plan: RunPlan, rank: int) -> Loader:
+    """Opens the samples of a run; rank 0 verifies the files.
+
+    Raises:
+        DataError: They are missing or damaged.
+    """
     from megatron_inherit.data.loader import LoaderOptions, open_loader
-    from megatron_inherit.data.windows import EvalWindows
 
     data, train = plan.config.data, plan.config.train
-    loader = open_loader(
+    return open_loader(
         LoaderOptions(
             path=data.path,
             sequence_length=train.sequence_length,
@@ -249,6 +253,12 @@ def _open_data(plan: RunPlan, rank: int) -> tuple[Loader, EvalWindows | None]:
             verify=data.verify if rank == 0 else "none",
         )
     )
+
+
+def _open_data(plan: RunPlan, rank: int) -> tuple[Loader, EvalWindows | None]:
+    from megatron_inherit.data.windows import EvalWindows
+
+    loader = open_run_loader(plan, rank)
     loader.require(plan.total_samples)
     path = plan.config.eval.windows
     windows = None if path is None else EvalWindows.load(path)

@@ -1,0 +1,76 @@
+"""What ``minherit share cache`` does: a recipe's samples, its teacher, and the shards that are still missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_inherit.base.errors import ConfigError
+from megatron_inherit.distill.cache import Manifest, Method, cache_key, write_cache
+
+if TYPE_CHECKING:
+    from megatron_inherit.config.schema import RunConfig
+
+
+def make_cache(
+    config: RunConfig,
+    folder: Path,
+    *,
+    entries: int,
+    method: Method,
+    samples: int | None,
+    shard_samples: int,
+    tell: Callable[[str], None],
+) -> int:
+    """Writes the targets of a recipe's teacher for its samples; an interrupted cache goes on.
+
+    Args:
+        config: The recipe, with ``distill.teacher``.
+        folder: Output.
+        entries: Stored tokens for each token.
+        method: ``top`` or ``draw``.
+        samples: How many; default all that the recipe trains on.
+        shard_samples: Samples of a file.
+        tell: Gets a line a shard.
+
+    Returns:
+        The number of samples in the cache.
+
+    Raises:
+        ConfigError: The recipe names no teacher.
+    """
+    from megatron_inherit.distill.teacher import target_predictor
+    from megatron_inherit.model.build import DTYPES
+    from megatron_inherit.train.objectives import teacher_of
+    from megatron_inherit.train.preflight import plan_run
+    from megatron_inherit.train.session import open_run_loader
+
+    plan = plan_run(config, world_size=1)
+    teacher = teacher_of(config, plan.model)
+    if teacher is None:
+        raise ConfigError("The recipe names no teacher.", fix="Set distill.teacher.")
+    if entries > teacher.config.vocab_size:
+        raise ConfigError("More entries than tokens.", got=entries, expected=f"at most {teacher.config.vocab_size}")
+    loader = open_run_loader(plan, 0)
+    count = samples or plan.total_samples
+    loader.require(count)
+    wanted = Manifest(
+        key=cache_key(teacher, loader, temperature=config.distill.temperature),
+        method=method,
+        entries=entries,
+        num_samples=count,
+        shard_samples=shard_samples,
+    )
+    predict = target_predictor(
+        teacher,
+        method=method,
+        entries=entries,
+        temperature=config.distill.temperature,
+        micro_batch=config.train.micro_batch,
+        dtype=DTYPES[config.train.dtype],
+        seed=config.run.seed,
+    )
+    for done in write_cache(folder, wanted, loader.batch, predict):
+        tell(f"{done} of {count} samples")
+    return count
