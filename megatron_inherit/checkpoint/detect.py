@@ -16,9 +16,9 @@ FORMATS = {
     "gguf": "gguf",
     "native": "native",
     "torch_dist": "torch_dist",
-    "ds_universal": "ds_universal",
     "megatron": "megatron_legacy",
     "meta": "meta",
+    "ds_universal": "ds_universal",
     "ds_zero": "ds_zero",
 }
 """Format -> its module in ``checkpoint.formats``, in the order in which a path is tried.

@@ -17,11 +17,12 @@ import xxhash
 
 from megatron_inherit.base.errors import CheckpointError
 from megatron_inherit.checkpoint.extents import Shape
+from megatron_inherit.checkpoint.files import is_remote
 from megatron_inherit.checkpoint.stream import Source, StoredTensor, read_box
 
 NAME = "manifest.json"
 TILE_BYTES = 1 << 20
-TRANSPOSED_TILE_BYTES = 1 << 24
+LARGE_TILE_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ def row_tiles(stored: StoredTensor, *others: StoredTensor) -> Iterator[tuple[Sha
     """
     rows, rest = stored.shape[0], stored.shape[1:]
     row_bytes = max(1, stored.nbytes // rows)
-    limit = TRANSPOSED_TILE_BYTES if any(_is_transposed(one) for one in (stored, *others)) else TILE_BYTES
+    large = any(_is_transposed(one) for one in (stored, *others)) or any(map(is_remote, stored.files))
+    limit = LARGE_TILE_BYTES if large else TILE_BYTES
     step = max(1, limit // row_bytes)
     for first in range(0, rows, step):
         yield (first, *(0,) * len(rest)), (min(step, rows - first), *rest)

@@ -33,6 +33,7 @@ def inherit(
     vpp: Annotated[int, typer.Option(min=1, help="Virtual chunks a pipeline rank.")] = 1,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of a Hugging Face folder.")] = "5GB",
     optimizer: Annotated[str, typer.Option(help="keep: take the optimizer state along; drop.")] = "drop",
+    zero_copy: Annotated[bool, typer.Option("--zero-copy", help="torch_dist only: hard links, new metadata.")] = False,
     hash_teacher: Annotated[bool, typer.Option("--hash-teacher", help="Hash the teacher's whole files too.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="Tensors moved at once.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
@@ -85,5 +86,6 @@ def inherit(
         as_json=as_json,
         overwrite=overwrite,
         threads=threads,
+        zero_copy=zero_copy,
         record=record,
     )

@@ -15,11 +15,13 @@ from typing import Any
 import typer
 
 from megatron_inherit.base.environment import collect_environment
+from megatron_inherit.base.errors import UsageError
 from megatron_inherit.base.quantities import format_bytes, format_seconds
 from megatron_inherit.checkpoint.provenance import read_provenance
 from megatron_inherit.checkpoint.stream import Sink, Source
 from megatron_inherit.inherit.card import model_card
 from megatron_inherit.plan.execute import Transfer, execute, plan_sink
+from megatron_inherit.plan.link import execute_linked
 from megatron_inherit.plan.ops import Copy, Init
 from megatron_inherit.plan.plan import TransferPlan, count_kinds, describe_layers
 
@@ -63,6 +65,13 @@ def run_transfer(
     note = read_provenance(source)[0] if source else ""
     if plan.layout.format == "hf":
         texts["README.md"] = model_card(plan, command=command_line(), note=note)
+    details = {"command": command_line(), "note": note, **(record or {})}
+    if zero_copy:
+        if source is None:
+            raise UsageError("--zero-copy needs a checkpoint to link to.")
+        linked = execute_linked(plan, output, source=source, overwrite=overwrite, texts=texts, record=details)
+        typer.echo(_json(_facts(plan, sink, source) | _outcome(linked)) if as_json else _last_line(linked))
+        return
     with progress_bar(plan.weight_bytes, quiet=as_json) as advance:
         done = execute(
             plan,
@@ -71,7 +80,7 @@ def run_transfer(
             overwrite=overwrite,
             threads=threads,
             texts=texts,
-            record={"command": command_line(), "note": note, **(record or {})},
+            record=details,
             progress=advance,
             resume=resume,
         )

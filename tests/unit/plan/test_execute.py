@@ -144,7 +144,7 @@ def test_source_bytes_are_read_once(teacher, tmp_path):
 
 
 def test_gpt2_transposes_survive_tiles(tmp_path, monkeypatch):
-    monkeypatch.setattr(manifest, "TRANSPOSED_TILE_BYTES", 4000)
+    monkeypatch.setattr(manifest, "LARGE_TILE_BYTES", 4000)
     monkeypatch.setattr(manifest, "TILE_BYTES", 2000)
     arrays = random_arrays(gpt2())
     folder = write_checkpoint(tmp_path / "t", gpt2(), arrays, "hf")

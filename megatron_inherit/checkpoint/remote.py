@@ -1,0 +1,141 @@
+"""Byte ranges of files behind URLs, by fsspec: ``http(s)://``, ``s3://``, ``hf://`` and what else it knows.
+
+Ranges are cut in chunks; a chunk whose connection breaks is asked for again, so a transfer goes on where it was.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_inherit.base.errors import CheckpointError
+from megatron_inherit.base.log import get_logger
+from megatron_inherit.base.optional import require
+
+CHUNK = 8 << 20
+ATTEMPTS = 5
+FIRST_WAIT = 0.5
+_KNOWN_NAMES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "provenance.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "LICENSE.md",
+    "NOTICE",
+    "USE_POLICY.md",
+)
+_log = get_logger(__name__)
+
+
+class RemoteFiles:
+    """Sizes and ranges of remote files; safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._systems: dict[str, Any] = {}
+        self._sizes: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def size(self, url: str) -> int:
+        """Gives a file's size in bytes.
+
+        Raises:
+            CheckpointError: It is not there or the server does not say.
+        """
+        found = self._sizes.get(url)
+        if found is None:
+            found = self._retry(url, lambda system: system.size(url))
+            if found is None:
+                raise CheckpointError(f"{url}: the server does not tell the size.", fix="Download the file first.")
+            self._sizes[url] = int(found)
+        return self._sizes[url]
+
+    def read_into(self, url: str, offset: int, buffer: memoryview) -> None:
+        """Fills a buffer from the bytes at ``offset``.
+
+        Raises:
+            CheckpointError: The file is too short, the server ignores ranges, or it cannot be reached.
+        """
+        if offset + len(buffer) > self.size(url):
+            raise CheckpointError(
+                f"{url} is truncated.", got=f"{self.size(url)} bytes", expected=f"at least {offset + len(buffer)}"
+            )
+        for start in range(0, len(buffer), CHUNK):
+            part = buffer[start : start + CHUNK]
+            self._fill(url, offset + start, part)
+
+    def close(self) -> None:
+        """Forgets the connections."""
+        self._systems.clear()
+
+    def _fill(self, url: str, offset: int, part: memoryview) -> None:
+        def fetch(system: Any) -> bytes:
+            data = system.cat_file(url, start=offset, end=offset + len(part))
+            if len(data) > len(part):
+                raise CheckpointError(
+                    f"{url}: the server does not serve ranges.", fix="Download the folder and give its path."
+                )
+            if len(data) < len(part):
+                raise ConnectionError(f"{len(data)} of {len(part)} bytes came")
+            return data
+
+        part[:] = self._retry(url, fetch)
+
+    def _retry(self, url: str, action: Any) -> Any:
+        wait = FIRST_WAIT
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return action(self._system(url))
+            except FileNotFoundError as error:
+                raise CheckpointError(f"{url} is missing.") from error
+            except CheckpointError:
+                raise
+            except Exception as error:  # connection errors of each protocol have their own classes
+                if attempt == ATTEMPTS:
+                    raise CheckpointError(
+                        f"{url} cannot be read after {ATTEMPTS} attempts: {type(error).__name__}: {error}.",
+                        fix="Check the address and the network, then run the command again.",
+                    ) from error
+                _log.warning("%s: %s; attempt %d of %d in %.1f s", url, error, attempt + 1, ATTEMPTS, wait)
+                time.sleep(wait)
+                wait *= 2
+        return None
+
+    def _system(self, url: str) -> Any:
+        protocol = url.partition("://")[0]
+        with self._lock:
+            if protocol not in self._systems:
+                self._systems[protocol] = _open_system(protocol)
+            return self._systems[protocol]
+
+
+def list_names(url: str, patterns: Sequence[str]) -> list[str]:
+    """Lists the files of a remote folder that match a pattern; plain web servers are asked for the usual names."""
+    protocol = url.partition("://")[0]
+    system = _open_system(protocol)
+    if protocol in ("http", "https"):
+        return [name for name in _KNOWN_NAMES if system.exists(f"{url.rstrip('/')}/{name}")]
+    names = [entry.rstrip("/").rpartition("/")[2] for entry in system.ls(url, detail=False)]
+    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def _open_system(protocol: str) -> Any:
+    fsspec = require("fsspec", f"{protocol}:// addresses")
+    if protocol == "hf":
+        require("huggingface_hub", "hf:// addresses")
+    if protocol == "s3":
+        require("s3fs", "s3:// addresses")
+    if protocol not in ("http", "https"):
+        return fsspec.filesystem(protocol)
+    timeout = require("aiohttp", "web addresses").ClientTimeout(total=None, sock_connect=30, sock_read=60)
+    return fsspec.filesystem(protocol, client_kwargs={"timeout": timeout}, use_listings_cache=False)

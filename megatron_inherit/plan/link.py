@@ -1,0 +1,87 @@
+"""The executor of plans that move nothing: a torch_dist output that shares its data files with its origin."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_inherit.base.atomic import new_folder, write_json
+from megatron_inherit.base.errors import CheckpointError, UsageError
+from megatron_inherit.checkpoint import manifest
+from megatron_inherit.checkpoint.formats.torch_dist_link import link_checkpoint
+from megatron_inherit.checkpoint.manifest import TensorHash
+from megatron_inherit.checkpoint.stream import Source
+from megatron_inherit.plan.execute import RECORD, Transfer
+from megatron_inherit.plan.ops import Copy
+from megatron_inherit.plan.plan import TransferPlan
+
+
+def execute_linked(
+    plan: TransferPlan,
+    folder: Path | str,
+    *,
+    source: Source,
+    overwrite: bool = False,
+    texts: Mapping[str, str] | None = None,
+    record: Mapping[str, Any] | None = None,
+) -> Transfer:
+    """Writes new metadata over hard links to the origin's files.
+
+    No tensor is read, so hashes come from the origin's manifest; without one they are recorded as unverified.
+
+    Args:
+        plan: Copies only, from torch_dist to torch_dist in the same type.
+        folder: Output folder.
+        source: The opened origin.
+        overwrite: Replaces an existing folder.
+        texts: Further text files of the output, by name.
+        record: Added to ``inherit.json``.
+
+    Raises:
+        UsageError: The plan asks for more than links can give.
+        CheckpointError: A fused tensor would need parts of several layers.
+    """
+    began = time.perf_counter()
+    sources = _sources(plan.check(), source)
+    hashes = _known_hashes(source, sources)
+    with new_folder(Path(folder), overwrite=overwrite) as temporary:
+        linked = link_checkpoint(source.path, temporary, plan.config, sources, iteration=plan.layout.iteration)
+        for name, text in (texts or {}).items():
+            (temporary / name).write_text(text)
+        if hashes:
+            write_json(temporary / manifest.NAME, manifest.to_json(hashes))
+        if record is not None:
+            state = "from the source's manifest" if hashes else "unverified"
+            value = {"plan": plan.to_json(), "seed": plan.seed, "hashes": state, "linked": linked.files, **record}
+            write_json(temporary / RECORD, value)
+        sizes = {name: (temporary / name).stat().st_size for name in linked.files}
+    seconds = time.perf_counter() - began
+    return Transfer(Path(folder), hashes, source.pool.bytes_read, linked.bytes_written, seconds, sizes)
+
+
+def _sources(plan: TransferPlan, source: Source) -> dict[str, str]:
+    if source.format != "torch_dist" or plan.layout.format != "torch_dist":
+        raise UsageError(
+            "--zero-copy links torch_dist files to a torch_dist checkpoint.",
+            got=f"{source.format} to {plan.layout.format}",
+            fix="Leave --zero-copy out.",
+        )
+    found = {}
+    for op in plan.ops:
+        if not isinstance(op, Copy) or op.box is not None or op.dtype != op.source_dtype:
+            raise UsageError(f"--zero-copy cannot give {op.target}: {op.describe()}.", fix="Leave --zero-copy out.")
+        found[op.target] = op.source
+    return found
+
+
+def _known_hashes(source: Source, sources: Mapping[str, str]) -> dict[str, TensorHash]:
+    for folder in (Path(source.path), Path(source.path).parent):
+        try:
+            known = manifest.load_file(folder / manifest.NAME)
+        except CheckpointError:
+            continue
+        if all(name in known for name in sources.values()):
+            return {target: known[name] for target, name in sources.items()}
+    return {}
