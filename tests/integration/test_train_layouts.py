@@ -1,0 +1,71 @@
+"""One recipe on both engines and several layouts: the same curve, exact resume, and a relay across all of them."""
+
+import os
+
+import pytest
+
+from tests.support import forked_world, tiny_run
+from tests.support.tiny_run import curve, recipe, rows, saved_hashes
+
+pytestmark = pytest.mark.slow
+
+LAYOUTS = {
+    "zero1": (2, ("engine=deepspeed", "deepspeed.zero_stage=1")),
+    "zero3": (2, ("engine=deepspeed", "deepspeed.zero_stage=3")),
+    "tp2": (2, ("parallel.tp=2", "parallel.sequence_parallel=true")),
+    "pp2": (2, ("parallel.pp=2",)),
+    "dp2": (2, ("megatron.distributed_optimizer=true",)),
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    pytest.importorskip("deepspeed")
+    forked_world.preload("megatron_inherit.engines.deepspeed.engine")
+    return tiny_run.write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory, corpus):
+    """The uninterrupted run of one process."""
+    folder = tmp_path_factory.mktemp("reference")
+    ended = forked_world.run(folder, ["train", recipe(folder, corpus)])
+    assert ended.codes == [0], ended.text
+    return folder / "run"
+
+
+def equal(run, reference):
+    one, other = rows(run), rows(reference)
+    assert [row["samples"] for row in one] == [row["samples"] for row in other]
+    for a, b in zip(one, other, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        assert (a["tokens"], a["lr"]) == (b["tokens"], b["lr"])
+    for a, b in zip(rows(run, "eval"), rows(reference, "eval"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert (a["windows"], a["fingerprint"]) == (b["windows"], b["fingerprint"])
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero3", "dp2"])
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, corpus, reference, name):
+    size, words = LAYOUTS[name]
+    for folder, stops in (("whole", ()), ("halves", ("train.stop_after=7",))):
+        path = recipe(tmp_path / folder, corpus, checkpoint={"asynchronous": folder == "halves"})
+        for stop in (*stops, "train.stop_after=null"):
+            ended = forked_world.run(tmp_path / folder, ["train", path, *words, stop], size=size)
+            assert ended.codes == [0 if "null" in stop else 75] * size, ended.text
+    whole, halves = tmp_path / "whole" / "run", tmp_path / "halves" / "run"
+    assert curve(halves) == curve(whole)
+    assert saved_hashes(halves, 20) == saved_hashes(whole, 20)
+    equal(whole, reference)
+
+
+def test_a_relay_over_engines_and_layouts_is_the_run_of_one_process(tmp_path, corpus, reference):
+    path = recipe(tmp_path, corpus)
+    legs = [(1, ()), LAYOUTS["zero3"], LAYOUTS["tp2"], LAYOUTS["pp2"], LAYOUTS["zero1"]]
+    for number, (size, words) in enumerate(legs):
+        stop = "train.stop_after=" + ("null" if number == len(legs) - 1 else "4")
+        ended = forked_world.run(tmp_path, ["train", path, *words, stop], size=size)
+        assert ended.codes == [0 if "null" in stop else 75] * size, ended.text
+    equal(tmp_path / "run", reference)
