@@ -12,20 +12,20 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Literal
 
 from megatron_inherit.base import atomic
 from megatron_inherit.base.errors import DataError
 from megatron_inherit.base.log import get_logger
 from megatron_inherit.base.optional import require
 from megatron_inherit.data.integrity import BlockHasher
+from megatron_inherit.data.job_folder import job_folder
 from megatron_inherit.data.jobs import Progress, Report, report, run_tasks
 from megatron_inherit.data.layouts import get_layout
 from megatron_inherit.data.manifests import MANIFEST, FileRecord, ManifestModel
 from megatron_inherit.data.records import Document, ReadOptions, Reject, read_documents
 from megatron_inherit.data.sources import SourceFile, find_sources
 
-PLAN = "plan.json"
 REJECTS = "rejects.jsonl"
 _SAMPLES = 100
 _FIRST_CHECK = 1000
@@ -123,62 +123,23 @@ def ingest(
 
     Raises:
         DataError: A source is missing or unreadable, was changed since the job began, or has too many bad records.
-        UsageError: ``out`` holds something else.
+        UsageError: ``out`` holds something else, or another job is writing there.
     """
     options, out = options or IngestOptions(), Path(out)
     files = find_sources(sources, get_layout(options.layout), pattern=pattern, as_text=as_text)
     plan = IngestPlan(options=options, tasks=tuple(_group(files, options.shard_bytes)))
-    take_up(out, plan)
-    if (out / MANIFEST).is_file():
-        return DocumentsManifest.load(out / MANIFEST)
-    tasks = [_Task(number, group, options, out) for number, group in enumerate(plan.tasks)]
-    records = [_load_if_there(_record_path(task)) for task in tasks]
-    missing = [task for task, record in zip(tasks, records, strict=True) if record is None]
-    _check_rejects([record for record in records if record], options, out)
-    finished = [record for record in records if record]
-    for record in run_tasks(_run, missing, workers=workers, on_progress=on_progress):
-        finished.append(record)
+    with job_folder(out, plan):
+        if (out / MANIFEST).is_file():
+            return DocumentsManifest.load(out / MANIFEST)
+        tasks = [_Task(number, group, options, out) for number, group in enumerate(plan.tasks)]
+        found = {task: TaskRecord.load(_record_path(task)) for task in tasks if _record_path(task).is_file()}
+        finished = list(found.values())
         _check_rejects(finished, options, out)
-    return _finish(out, plan, [TaskRecord.load(_record_path(task)) for task in tasks])
-
-
-def take_up(out: Path, plan: ManifestModel) -> None:
-    """Writes the plan of a job, or finds that the folder holds the same one.
-
-    Raises:
-        DataError: The folder's plan is another: sources or options changed.
-        UsageError: The folder holds other things.
-    """
-    path = out / PLAN
-    if not path.is_file():
-        atomic.refuse_existing(out)
-        out.mkdir(parents=True, exist_ok=True)
-        plan.save(path)
-        return
-    before = type(plan).load(path)
-    if before != plan:
-        raise DataError(
-            f"{out} was begun with other sources or options: {_difference(before, plan)}.",
-            fix="Give the same ones to go on, or another output folder.",
-        )
-
-
-def _difference(before: ManifestModel, after: ManifestModel) -> str:
-    old, new = (list(_leaves(plan.model_dump(), "")) for plan in (before, after))
-    for (place, was), (_, now) in zip(old, new, strict=False):
-        if was != now:
-            return f"{place} was {was!r} and is {now!r}"
-    return f"{len(old)} entries became {len(new)}"
-
-
-def _leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else None
-    if items is None:
-        yield place, value
-        return
-    label = f"{place} ({value['path']})" if isinstance(value, dict) and "path" in value else place
-    for key, one in items:
-        yield from _leaves(one, f"{label}.{key}" if label else str(key))
+        missing = [task for task in tasks if task not in found]
+        for record in run_tasks(_run, missing, workers=workers, on_progress=on_progress):
+            finished.append(record)
+            _check_rejects(finished, options, out)
+        return _finish(out, plan, [TaskRecord.load(_record_path(task)) for task in tasks])
 
 
 def _group(files: list[SourceFile], target: int) -> Iterator[tuple[SourceFile, ...]]:
@@ -198,10 +159,6 @@ def _group(files: list[SourceFile], target: int) -> Iterator[tuple[SourceFile, .
 
 def _record_path(task: _Task) -> Path:
     return task.folder / "tasks" / f"{task.number:06d}.json"
-
-
-def _load_if_there(path: Path) -> TaskRecord | None:
-    return TaskRecord.load(path) if path.is_file() else None
 
 
 @dataclass

@@ -20,8 +20,9 @@ from megatron_inherit.base.errors import DataError
 from megatron_inherit.base.log import get_logger
 from megatron_inherit.data.giga import Encoder, choose_encoder
 from megatron_inherit.data.indexed import IndexedWriter, bin_path, idx_path, token_dtype
-from megatron_inherit.data.ingest import DocumentsManifest, TextShard, open_documents, take_up
+from megatron_inherit.data.ingest import DocumentsManifest, TextShard, open_documents
 from megatron_inherit.data.integrity import BlockHasher
+from megatron_inherit.data.job_folder import job_folder
 from megatron_inherit.data.jobs import Progress, Report, report, run_tasks
 from megatron_inherit.data.manifests import (
     MANIFEST,
@@ -100,19 +101,19 @@ def tokenize(
     source, out = Path(source), Path(out)
     documents = open_documents(source)
     record = describe(open_tokenizer(options.tokenizer, eos=options.eos, bos=options.bos), options)
-    take_up(out, TokenizePlan(source=_fingerprint(documents), tokenizer=record))
-    if (out / MANIFEST).is_file():
-        return TokensManifest.load(out / MANIFEST)
-    tasks = [_Task(shard, source, out, options) for shard in documents.shards]
-    missing = [task for task in tasks if not _record_path(task).is_file()]
-    if len(missing) < len(tasks):
-        _log.info("%d of %d shards are tokenized already", len(tasks) - len(missing), len(tasks))
-    for _ in run_tasks(_run, missing, workers=workers, on_progress=on_progress):
-        pass
-    shards = tuple(ShardRecord.load(_record_path(task)) for task in tasks)
-    manifest = TokensManifest(source=_fingerprint(documents), tokenizer=record, shards=shards)
-    manifest.save(out / MANIFEST)
-    return manifest
+    with job_folder(out, TokenizePlan(source=_fingerprint(documents), tokenizer=record)):
+        if (out / MANIFEST).is_file():
+            return TokensManifest.load(out / MANIFEST)
+        tasks = [_Task(shard, source, out, options) for shard in documents.shards]
+        missing = [task for task in tasks if not _record_path(task).is_file()]
+        if len(missing) < len(tasks):
+            _log.info("%d of %d shards are tokenized already", len(tasks) - len(missing), len(tasks))
+        for _ in run_tasks(_run, missing, workers=workers, on_progress=on_progress):
+            pass
+        shards = tuple(ShardRecord.load(_record_path(task)) for task in tasks)
+        manifest = TokensManifest(source=_fingerprint(documents), tokenizer=record, shards=shards)
+        manifest.save(out / MANIFEST)
+        return manifest
 
 
 def describe(tokenizer: Tokenizer, options: TokenizeOptions) -> TokenizerRecord:

@@ -299,3 +299,14 @@ def test_a_source_that_changes_while_it_is_read_is_named(tmp_path: Path, monkeyp
     monkeypatch.setattr(module, "read_documents", touching)
     with pytest.raises(DataError, match=r"a\.jsonl was changed since the job began"):
         ingest([str(source)], tmp_path / "out")
+
+
+def test_two_jobs_do_not_write_to_one_folder(tmp_path: Path) -> None:
+    import fcntl
+
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    ingest([str(source)], tmp_path / "out")
+    with (tmp_path / "out" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UsageError, match="Another job is writing"):
+            ingest([str(source)], tmp_path / "out")

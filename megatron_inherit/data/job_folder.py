@@ -1,0 +1,73 @@
+"""The folder of a job that can be killed: one plan, one writer at a time, and no leftovers of the one before."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_inherit.base.atomic import TEMPORARY_MARK, refuse_existing
+from megatron_inherit.base.errors import DataError, UsageError
+from megatron_inherit.data.manifests import ManifestModel
+
+_PLAN = "plan.json"
+_LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def job_folder(out: Path, plan: ManifestModel) -> Iterator[None]:
+    """Holds a folder for a job: begins it with the plan, or takes it up where the same plan was left.
+
+    Raises:
+        DataError: The folder's plan is another: sources or options changed.
+        UsageError: The folder holds other things, or another job is writing there.
+    """
+    if not (out / _PLAN).is_file() and any(_is_foreign(path) for path in out.glob("*")):
+        refuse_existing(out)
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / _LOCK).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            fix = "Wait for it, or choose another folder."
+            raise UsageError(f"Another job is writing to {out}.", fix=fix) from error
+        for path in out.rglob(f"*{TEMPORARY_MARK}*"):
+            path.unlink()
+        _agree(out / _PLAN, plan)
+        yield
+
+
+def _is_foreign(path: Path) -> bool:
+    return path.name != _LOCK and TEMPORARY_MARK not in path.name
+
+
+def _agree(path: Path, plan: ManifestModel) -> None:
+    if not path.is_file():
+        plan.save(path)
+        return
+    before = type(plan).load(path)
+    if before != plan:
+        raise DataError(
+            f"{path.parent} was begun with other sources or options: {_difference(before, plan)}.",
+            fix="Give the same ones to go on, or another output folder.",
+        )
+
+
+def _difference(before: ManifestModel, after: ManifestModel) -> str:
+    old, new = (list(_leaves(plan.model_dump(), "")) for plan in (before, after))
+    for (place, was), (_, now) in zip(old, new, strict=False):
+        if was != now:
+            return f"{place} was {was!r} and is {now!r}"
+    return f"{len(old)} entries became {len(new)}"
+
+
+def _leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else None
+    if items is None:
+        yield place, value
+        return
+    label = f"{place} ({value['path']})" if isinstance(value, dict) and "path" in value else place
+    for key, one in items:
+        yield from _leaves(one, f"{label}.{key}" if label else str(key))

@@ -1,0 +1,138 @@
+"""Kill -9 at every durable write of ingest, tokenize and subset: the next run ends with the same bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from megatron_inherit.data.budget import make_subset
+from megatron_inherit.data.ingest import IngestOptions, ingest
+from megatron_inherit.data.manifests import SubsetOptions
+from megatron_inherit.data.opening import open_stream
+from megatron_inherit.data.tokenize import TokenizeOptions, tokenize
+from tests.support.text_data import make_texts, write_jsonl
+
+OPTIONS = IngestOptions(layout="redpajama", shard_bytes=3000)
+SUBSET = SubsetOptions(tokens=5000, valid_share=0.1)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source")
+    for number, domain in enumerate(("c4", "arxiv")):
+        write_jsonl(folder / f"{domain}.jsonl", make_texts(40, seed=number))
+    return folder
+
+
+def killed_after(writes: int, work: Callable[[], object]) -> bool:
+    """Runs ``work`` in a child that kills itself at its n-th fsync or rename; tells whether it came so far."""
+    child = os.fork()
+    if child == 0:
+        left = writes
+
+        def counting(function: Callable) -> Callable:
+            def call(*args: object, **kwargs: object) -> object:
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*args, **kwargs)
+
+            return call
+
+        os.fsync, os.replace, os.rename = counting(os.fsync), counting(os.replace), counting(os.rename)
+        with contextlib.suppress(BaseException):
+            work()
+            os._exit(0)
+        os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Data files by name; records hold times and are compared by what they open to."""
+    kinds = {".jsonl", ".bin", ".idx", ".docs", ".starts", ".ends"}
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.suffix in kinds}
+
+
+def crash_everywhere(folder: Path, work: Callable[[Path], object], finished: Callable[[Path], object]) -> int:
+    """Kills at each write in turn; each time the folder is unfinished, or right, and a second run makes it right."""
+    work(folder / "reference")
+    expected = contents(folder / "reference")
+    for writes in itertools.count():
+        out = folder / str(writes)
+        if not killed_after(writes, partial(work, out)):
+            return writes
+        if (out / "manifest.json").is_file():
+            finished(out)
+        work(out)
+        finished(out)
+        assert contents(out) == expected
+        assert not list(out.rglob("*.tmp-*"))
+    raise AssertionError
+
+
+def test_ingest_survives_kill_9_anywhere(source: Path, tmp_path: Path) -> None:
+    def work(out: Path) -> None:
+        ingest([str(source)], out, OPTIONS)
+
+    assert crash_everywhere(tmp_path, work, work) > 10
+
+
+def test_tokenize_survives_kill_9_anywhere(source: Path, tmp_path: Path) -> None:
+    ingest([str(source)], tmp_path / "text", OPTIONS)
+
+    def work(out: Path) -> None:
+        tokenize(tmp_path / "text", out, TokenizeOptions(tokenizer="bytes"))
+
+    assert crash_everywhere(tmp_path, work, lambda out: open_stream(out, "all", verify="full")) > 30
+
+
+def test_subset_survives_kill_9_anywhere(source: Path, tmp_path: Path) -> None:
+    ingest([str(source)], tmp_path / "text", OPTIONS)
+    tokenize(tmp_path / "text", tmp_path / "tokens", TokenizeOptions(tokenizer="bytes"))
+
+    def work(out: Path) -> None:
+        if not (out / "manifest.json").is_file():
+            make_subset([str(tmp_path / "tokens")], out, SUBSET)
+
+    assert crash_everywhere(tmp_path, work, lambda out: open_stream(out, "train", verify="full")) > 5
+
+
+@pytest.mark.slow
+def test_a_killed_parallel_job_leaves_no_process_and_goes_on(source: Path, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "big" / "c4.jsonl", make_texts(60_000, seed=5))
+    ingest([str(tmp_path / "big")], tmp_path / "text", IngestOptions(layout="redpajama", shard_bytes=500_000))
+    tokenize(tmp_path / "text", tmp_path / "reference", TokenizeOptions(tokenizer="bytes"))
+    words = ["data", "tokenize", str(tmp_path / "text"), str(tmp_path / "out"), "-t", "bytes", "--workers", "2"]
+    command = [sys.executable, "-m", "megatron_inherit", *words]
+    job = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "out").glob("c4/*.json")) and job.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    job.kill()
+    job.wait()
+    while _group_is_alive(job.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not _group_is_alive(job.pid), "workers end with their parent"
+    tokenize(tmp_path / "text", tmp_path / "out", TokenizeOptions(tokenizer="bytes"))
+    assert contents(tmp_path / "out") == contents(tmp_path / "reference")
+
+
+def _group_is_alive(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
