@@ -8,14 +8,13 @@ from megatron_inherit.arch.model_config import ModelConfig
 from megatron_inherit.arch.tensors import enumerate_tensors
 from megatron_inherit.base.errors import CheckpointError
 from megatron_inherit.checkpoint.dtypes import WEIGHT_DTYPES
-from megatron_inherit.checkpoint.extents import Extent, check_cover
+from megatron_inherit.checkpoint.extents import Extent, Piece, check_cover, whole
 from megatron_inherit.checkpoint.layout import (
     LayoutRow,
     PhysicalTensor,
     check_names,
     check_shape,
     physical_tensors,
-    stack,
 )
 from megatron_inherit.checkpoint.stream import StoredTensor
 
@@ -61,27 +60,49 @@ def bind_shards(tensor: PhysicalTensor, shards: Sequence[Extent]) -> dict[str, S
     Raises:
         CheckpointError: As ``bind_tensors``.
     """
+    return bind_pieces(tensor, [StoredTensor(shard.shape, shard.dtype, whole(shard)) for shard in shards])
+
+
+def bind_pieces(tensor: PhysicalTensor, shards: Sequence[StoredTensor]) -> dict[str, StoredTensor]:
+    """Makes the canonical tensors that the shards of one stored tensor hold, each shard given in pieces.
+
+    Raises:
+        CheckpointError: As ``bind_tensors``.
+    """
     tp, first = len(shards), shards[0]
     padded = first.shape[0] * tp if tensor.is_vocab and tensor.split_axis == 0 and first.shape else None
     if padded is not None and padded < tensor.parts[0].shape[0]:
         padded = None
     expected = tensor.shard_shape(tp, padded_vocab=padded)
     for shard in shards:
-        check_shape(tensor.name, shard.shape, expected, where=shard.file)
+        where = ", ".join(shard.files[:1])
+        check_shape(tensor.name, shard.shape, expected, where=where)
         if shard.dtype not in WEIGHT_DTYPES or shard.dtype != first.dtype:
             raise CheckpointError(
-                f"{shard.file}: tensor {tensor.name} is quantised, no weight, or unlike its other shards.",
+                f"{where}: tensor {tensor.name} is quantised, no weight, or unlike its other shards.",
                 got=shard.dtype,
                 expected=f"one of {', '.join(WEIGHT_DTYPES)}",
                 fix="Save the checkpoint in bf16, fp16 or fp32.",
             )
-    pieces = stack(shards if tensor.split_axis is not None else shards[:1], tensor.split_axis)
-    mapped = tensor.map(pieces, tp=tp)
+    mapped = tensor.map(_stack(shards, tensor.split_axis), tp=tp)
     found = {}
     for part in tensor.parts:
         check_cover(part.name, part.shape, mapped[part.name])
         found[part.name] = StoredTensor(part.shape, first.dtype, mapped[part.name])
     return found
+
+
+def _stack(shards: Sequence[StoredTensor], axis: int | None) -> list[Piece]:
+    """Puts the shards of tensor-parallel ranks together; of replicas one is enough."""
+    if axis is None:
+        return list(shards[0].pieces)
+    pieces, at = [], 0
+    for shard in shards:
+        for piece in shard.pieces:
+            start = tuple(first + at * (number == axis) for number, first in enumerate(piece.start))
+            pieces.append(Piece(start, piece.extent))
+        at += shard.shape[axis]
+    return pieces
 
 
 def common_dtype(tensor: PhysicalTensor, dtypes: Mapping[str, str]) -> str:

@@ -34,10 +34,12 @@ class Blank:
     Attributes:
         dtype: safetensors name.
         shape: Elements along each axis.
+        data: Its elements where they are known already.
     """
 
     dtype: str
     shape: tuple[int, ...]
+    data: bytes | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Archive:
     Attributes:
         length: Bytes of the archive.
         segments: Bytes that are known now, by offset in the file.
-        extents: Where each ``Blank`` goes, in the order of their appearance in the value.
+        extents: Where each ``Blank`` without data goes, in the order of their appearance in the value.
         records: Those to patch once they are filled.
     """
 
@@ -96,7 +98,10 @@ def lay_out(file: str, value: Any, *, start: int = 0) -> Archive:
     archive.add_bytes("data.pkl", program)
     archive.add_bytes("byteorder", b"little")
     for index, blank in enumerate(blanks):
-        archive.add_blank(f"data/{index}", blank)
+        if blank.data is None:
+            archive.add_blank(f"data/{index}", blank)
+        else:
+            archive.add_bytes(f"data/{index}", blank.data)
     archive.add_bytes("version", b"3\n")
     return archive.finish()
 
