@@ -7,7 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash tools/setup.sh megatron,hf,data,plots
 export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" OMP_WAIT_POLICY=PASSIVE # threads that wait give their core to others
 
 out=runs/quickstart
 step() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
