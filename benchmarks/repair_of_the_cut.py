@@ -1,0 +1,92 @@
+"""Zero-shot loss of cuts of a teacher, plain and with each repair, on held-out windows of Python's reference.
+
+    python benchmarks/repair_of_the_cut.py TEACHER --blocks 15 --label "SmolLM2-135M-Instruct, dequantised from Q4_1"
+
+Every repair of a cut is fitted on the same windows; the teacher's states are computed once. Appends rows to
+benchmarks/results/repair_of_the_cut.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import platform
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+import transformers
+
+from megatron_inherit.eval.calibration import sample_windows
+from megatron_inherit.eval.cut import Cut
+from megatron_inherit.eval.hf_folder import load_model, load_tokenizer
+from megatron_inherit.eval.repair import Repair, keep_last, refit_final_norm, refit_head, rescale_blocks
+
+RESULTS = Path(__file__).parent / "results" / "repair_of_the_cut.csv"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("teacher", type=Path)
+    parser.add_argument("--blocks", type=int, required=True, help="Blocks of the student.")
+    parser.add_argument("--label", required=True, help="What the teacher is.")
+    parser.add_argument("--text", type=Path, help="Default: Python's language reference.")
+    parser.add_argument("--sequences", type=int, default=24, help="Windows to fit on; a third as many are held out.")
+    parser.add_argument("--tokens", type=int, default=256)
+    options = parser.parse_args()
+    model = load_model(options.teacher)
+    held = options.sequences // 3
+    windows = sample_windows(
+        load_tokenizer(options.teacher), options.text, sequences=options.sequences + held, tokens=options.tokens
+    )
+    held_out = windows[3::4]
+    fitted = windows[[i for i in range(len(windows)) if i % 4 != 3]]
+    depth, first = model.config.num_hidden_layers, tuple(range(options.blocks))
+    teacher = Cut(model, range(depth))
+    shared = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "teacher": options.label,
+        "text": options.text.name if options.text else "pydoc_data.topics",
+        "fit_tokens": fitted.shape[0] * (fitted.shape[1] - 1),
+        "held_out_tokens": held_out.shape[0] * (held_out.shape[1] - 1),
+        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, shared",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    record(shared, f"all {depth}", "teacher", teacher.loss(held_out), 0.0)
+    record(shared, "none", "uniform guess", math.log(model.config.vocab_size), 0.0)
+    y = teacher.teacher_states(fitted)
+    choices = {f"first:{options.blocks}": first}
+    choices |= {f"first:{options.blocks - m} + last:{m}": keep_last(first, m, depth) for m in (1, 2, 4)}
+    for name, layers in choices.items():
+        for repair in ("none", "final-norm", "affine", "block-scale", "block-scale,final-norm"):
+            if "block-scale" in repair and layers == first:
+                continue
+            began = time.perf_counter()
+            cut, result = Cut(model, layers), Repair(layers)
+            if "block-scale" in repair:
+                rescale_blocks(cut, fitted, result)
+            if "final-norm" in repair:
+                refit_final_norm(cut, cut.student_states(fitted), y, result)
+            if "affine" in repair:
+                refit_head(cut, cut.student_states(fitted), y, result)
+            seconds = time.perf_counter() - began
+            record(shared, name, repair, cut.loss(held_out), seconds)
+
+
+def record(shared: dict[str, object], layers: str, repair: str, loss: float, seconds: float) -> None:
+    row = {**shared, "layers": layers, "repair": repair, "loss_nats": f"{loss:.4f}", "fit_seconds": f"{seconds:.1f}"}
+    print(f"{layers:22s} {repair:24s} {loss:8.3f} nats  {seconds:6.1f} s", flush=True)
+    RESULTS.parent.mkdir(exist_ok=True)
+    new = not RESULTS.exists()
+    with RESULTS.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+if __name__ == "__main__":
+    main()
