@@ -26,7 +26,7 @@ Compress = Annotated[str, typer.Option(help="Round or prune the blocks' matrices
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and the exact bytes, write nothing.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")]
-Windows = Annotated[str, typer.Option(help="File of evaluation windows that --place auto is measured on.")]
+Windows = Annotated[str, typer.Option(help="File of evaluation windows; --place auto is measured on them.")]
 
 
 @app.command()
@@ -182,6 +182,7 @@ def family(
     overwrite: Overwrite = False,
 ) -> None:
     """Make descendants of many depths, and say what that saves over storing and training each."""
+    from megatron_inherit.base.atomic import write_json
     from megatron_inherit.inherit.select import parse_layers
     from megatron_inherit.plan.execute import execute
     from megatron_inherit.sharing.expand import plan_descendant
@@ -198,11 +199,15 @@ def family(
             tuning_steps=tuning_steps,
             scratch_steps=scratch_steps,
         )
+        rows = []
         for depth in chosen:
             stages = _placement(source, depth, place, windows, quiet=True)
             made = plan_descendant(source, stages, dtype=_dtype(dtype))
             execute(made, out / f"depth-{depth:02d}", source=source, overwrite=overwrite)
-            typer.echo(f"{out}/depth-{depth:02d}: stages {','.join(map(str, stages))}")
+            rows.append({"depth": depth, "stages": stages, "loss": _zero_shot(source, stages, windows)})
+            loss = "" if rows[-1]["loss"] is None else f", {rows[-1]['loss']:.4f} nats before any training"
+            typer.echo(f"{out}/depth-{depth:02d}: stages {','.join(map(str, stages))}{loss}")
+        write_json(out / "family.json", {"plan": str(require_plan(source)), "members": rows, "saving": str(report)})
         typer.echo(str(report))
 
 
@@ -254,6 +259,15 @@ def _placement(source: Source, depth: int, rule: str, windows: str, *, quiet: bo
         for stages, loss in sorted(losses.items(), key=lambda item: item[1]):
             typer.echo(f"{loss:.4f} nats  {tried[stages]:<12} {','.join(map(str, stages))}")
     return min(losses, key=lambda stages: losses[stages])
+
+
+def _zero_shot(source: Source, stages: tuple[int, ...], windows: str) -> float | None:
+    if not windows:
+        return None
+    from megatron_inherit.data.windows import EvalWindows
+    from megatron_inherit.sharing.probe import probe_placements
+
+    return probe_placements(source, [stages], EvalWindows.load(windows).tokens)[stages]
 
 
 def _start(text: str) -> Start:

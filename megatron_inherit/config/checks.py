@@ -116,6 +116,17 @@ def check_kept(config: RunConfig) -> None:
         )
 
 
+def check_untie(config: RunConfig) -> None:
+    """Each split of stages has one reason, and a loss where it waits for one."""
+    for rule in config.sharing.untie:
+        if (rule.step is None) == (rule.patience is None):
+            raise ConfigError(
+                "sharing.untie: exactly one of step and patience must be given.", got="both" if rule.step else "neither"
+            )
+        if rule.patience is not None and config.eval.windows is None:
+            raise ConfigError("sharing.untie: patience counts evaluations.", fix="Set eval.windows, or give a step.")
+
+
 def check_distill(config: RunConfig) -> None:
     """A distillation has a teacher, and compares whole hidden states."""
     distill, parallel = config.distill, config.parallel
@@ -147,4 +158,5 @@ CHECKS: tuple[Callable[[RunConfig], None], ...] = (
     check_zero_dtype,
     check_kept,
     check_distill,
+    check_untie,
 )

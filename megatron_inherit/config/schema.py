@@ -130,7 +130,7 @@ class TrainSection(Section):
         dtype: Of weights and activations; ``bf16`` keeps fp32 masters.
         recompute: Activations computed anew in the backward pass: of no block, of the MLPs, of whole blocks.
         deterministic: The same bits in every run, at some cost on a GPU.
-        stop_after: Steps after which this process saves and ends, although the run goes on; for tests and quotas.
+        stop_after: Steps of one session after which it saves and ends with code 75, for quotas and tests.
     """
 
     steps: Positive | None = None
@@ -233,7 +233,8 @@ class CheckpointSection(Section):
         every_steps: Steps between saves; the last step is always saved.
         keep_last: Newest checkpoints that are kept.
         keep_every_steps: Checkpoints at multiples of this are kept for ever.
-        asynchronous: Only the copy to host memory blocks; a thread writes.
+        asynchronous: Only the copy to host memory blocks, and a thread writes; costs each rank as much host memory as
+            its share of a checkpoint.
         on_disk_full: Whether training stops (exit code 7) or goes on without that checkpoint.
     """
 
@@ -302,6 +303,22 @@ class GuardSection(Section):
     max_rollbacks: Count = 2
 
 
+class UntieStep(Section):
+    """When shared stages are split; a step, or a patience.
+
+    Attributes:
+        plan: The finer stage plan.
+        step: After so many steps.
+        patience: After so many evaluations in a row without a better validation loss.
+        improvement: Nats by which a loss must be lower to be better.
+    """
+
+    plan: Text
+    step: Positive | None = None
+    patience: Positive | None = None
+    improvement: Real = 0.0
+
+
 class SharingSection(Section):
     """Layers that apply the same weights (SWS); a learngene as ``model.path`` brings its own plan.
 
@@ -310,12 +327,14 @@ class SharingSection(Section):
         allow_cross_rank: A stage may lie on several pipeline ranks, at the price of an all-reduce a step.
         gradient: ``sum`` is what a weight used k times gets; ``mean`` divides by k before clipping.
         guard_every_steps: Steps between comparisons of the copies of a stage on several ranks.
+        untie: Splits of the stages while the run goes on, coarse to fine.
     """
 
     plan: Text | None = None
     allow_cross_rank: bool = False
     gradient: Literal["sum", "mean"] = "sum"
     guard_every_steps: Positive = 100
+    untie: tuple[UntieStep, ...] = ()
 
 
 class DistillSection(Section):

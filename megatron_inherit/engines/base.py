@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
     from megatron_inherit.arch.model_config import ModelConfig
     from megatron_inherit.data.loader import Batch
+    from megatron_inherit.distill.options import Distill
+    from megatron_inherit.model.load import Reader
     from megatron_inherit.sharing.options import Sharing
 
 
@@ -188,6 +190,10 @@ class Engine(Protocol):
 
         Under ZeRO-3 no rank holds whole weights, so that there is nothing to compare: a constant comes back.
         """
+        ...
+
+    def rebuild(self, options: EngineOptions, read: Reader, distill: Distill | None = None) -> None:
+        """Makes the engine anew in its place, with other options, from values that ``read`` gives."""
         ...
 
     def barrier(self) -> None:

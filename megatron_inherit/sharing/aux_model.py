@@ -113,15 +113,3 @@ def count_unique(chunks: Sequence[LanguageModel]) -> int:
     """Counts the parameters of this rank, shared ones once."""
     return sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
 
-
-def require_no_cache(plan: StagePlan) -> None:
-    """Refuses to generate from shared layers with a key/value cache.
-
-    Raises:
-        ConfigError: The plan shares a layer; caches belong to layers and not to their uses.
-    """
-    if plan.num_stages < plan.num_layers:
-        raise ConfigError(
-            "A model with shared layers does not generate with a key/value cache.",
-            fix="Expand it first: minherit share expand LEARNGENE OUT, then generate from OUT.",
-        )

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_inherit.arch.model_config import ModelConfig
+from megatron_inherit.base.errors import ConfigError
 from megatron_inherit.checkpoint.detect import open_source
 from megatron_inherit.checkpoint.formats.hf_config import write_config
 from megatron_inherit.checkpoint.stages import KEY
 from megatron_inherit.checkpoint.stream import Source
 from megatron_inherit.sharing.learngene import plan_of
 from megatron_inherit.sharing.options import Sharing
-from megatron_inherit.sharing.stage_plan import parse_plan, require_cover
+from megatron_inherit.sharing.stage_plan import StagePlan, parse_plan, require_cover
 
 if TYPE_CHECKING:
     from megatron_inherit.config.schema import RunConfig
@@ -34,12 +35,40 @@ def sharing_of(config: RunConfig, model: ModelConfig, source: Source | None) -> 
     if plan is None:
         return None
     require_cover(plan, model)
+    for rule in section.untie:
+        _require_split(parse_plan(rule.plan), plan)
+    plan = _plan_of_newest(Path(config.run.output) / "checkpoints", config) or plan
     return Sharing(
         plan=plan,
         allow_cross_rank=section.allow_cross_rank,
         gradient=section.gradient,
         guard_every_steps=section.guard_every_steps,
     )
+
+
+def _require_split(fine: StagePlan, coarse: StagePlan) -> None:
+    if not fine.refines(coarse) or fine == coarse:
+        raise ConfigError(
+            "sharing.untie: not a split of the stages before.",
+            got=f"{fine} after {coarse}",
+            fix="Let every new stage lie within an old one.",
+        )
+
+
+def _plan_of_newest(folder: Path, config: RunConfig) -> StagePlan | None:
+    """Gives the plan of a run's newest checkpoint where a split of the recipe made it."""
+    if not config.sharing.untie or not folder.is_dir():
+        return None
+    from megatron_inherit.checkpoint.formats.native import STATE, read_json
+    from megatron_inherit.train.checkpointing import list_steps, step_folder
+
+    for step in reversed(list_steps(folder)):
+        state = step_folder(folder, step) / STATE
+        if state.is_file():
+            stages = read_json(state).get("identity", {}).get("stages")
+            found = None if stages is None else StagePlan.from_json(stages)
+            return found if found in [parse_plan(rule.plan) for rule in config.sharing.untie] else None
+    return None
 
 
 def stored_config(

@@ -69,6 +69,13 @@ class DeepSpeedEngine:
                 model=self.model, optimizer=self.adam, config=ds_config, mpu=self.mpu
             )
 
+    def rebuild(self, options: EngineOptions, read: Reader, distill: Distill | None = None) -> None:
+        """Makes the engine anew in its place, within the same processes."""
+        config = self.config
+        self.engine.destroy()
+        self.__dict__.clear()
+        DeepSpeedEngine.__init__(self, options, config, read, distill)
+
     def _build(self, deepspeed: Any, ds_config: dict[str, Any]) -> Any:
         dtype = DTYPES[self.options.dtype]
         parallel = Parallel(tp=self.options.tp, sequence_parallel=self.options.sequence_parallel)
@@ -221,6 +228,9 @@ class DeepSpeedEngine:
 
     def _prepare_moments(self, step_count: int) -> None:
         for flat in shards.masters(self.optimizer):
+            if not step_count:
+                self.adam.state.pop(flat, None)
+                continue
             state = self.adam.state[flat]
             state["step"] = torch.tensor(float(step_count), dtype=torch.float32, device=flat.device)
             for kind in MOMENTS:

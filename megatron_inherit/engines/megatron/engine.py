@@ -74,6 +74,12 @@ class MegatronEngine:
         self._connect()
         self.is_last = self.groups.pp.rank() == self.groups.pp.size() - 1
 
+    def rebuild(self, options: EngineOptions, read: Reader, distill: Distill | None = None) -> None:
+        """Makes the engine anew in its place, within the same processes."""
+        config = self.config
+        self.__dict__.clear()
+        MegatronEngine.__init__(self, options, config, read, distill)
+
     def _topology(self) -> Topology:
         groups = self.groups
         model_rank = groups.pp.rank() * groups.tp.size() + groups.tp.rank()

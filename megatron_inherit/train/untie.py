@@ -1,0 +1,89 @@
+"""Splits shared stages while a run goes on: [8] -> [4,4] -> [2,2,2,2], at a step or when validation stands still.
+
+The run saves, builds its engine anew under the finer plan and restores from what it saved: every layer gets the weights
+and moments of the stage it came from, so that the function, and the next step's loss, do not change.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from megatron_inherit.base.log import get_logger
+from megatron_inherit.eval.runs import read_metrics
+from megatron_inherit.sharing.stage_plan import StagePlan, parse_plan
+from megatron_inherit.sharing.tensors import count_shared
+from megatron_inherit.train import resume, upkeep
+from megatron_inherit.train.checkpointing import step_folder
+from megatron_inherit.train.session import Session
+from megatron_inherit.train.state import RunState
+
+if TYPE_CHECKING:
+    from megatron_inherit.config.schema import UntieStep
+
+logger = get_logger(__name__)
+
+
+def untie_if_due(run: Session, state: RunState) -> None:
+    """Splits the stages where the recipe says so; all ranks call this together."""
+    found = next_split(run)
+    if found is None:
+        return
+    losses = [] if found[0].patience is None else losses_since_split(run)
+    if is_due(found[0], state.step, losses):
+        split(run, state, found[1])
+
+
+def losses_since_split(run: Session) -> list[float]:
+    """Gives the validation losses of the run since its stages were last split, oldest first, on every rank."""
+    losses: list[float] = []
+    if run.is_first:
+        for row in read_metrics(run.plan.output / "metrics.jsonl"):
+            if row["kind"] == "untie":
+                losses = []
+            elif row["kind"] == "eval":
+                losses.append(row["loss"])
+    return json.loads(run.engine.gather_text(json.dumps(losses))[0])
+
+
+def next_split(run: Session) -> tuple[UntieStep, StagePlan] | None:
+    """Finds the first split of the recipe that is finer than what the run shares now."""
+    sharing = run.plan.options.sharing
+    if sharing is None:
+        return None
+    for rule in run.plan.config.sharing.untie:
+        plan = parse_plan(rule.plan)
+        if plan != sharing.plan and plan.refines(sharing.plan):
+            return rule, plan
+    return None
+
+
+def is_due(rule: UntieStep, step: int, losses: Sequence[float]) -> bool:
+    """Tells whether a split's step has come, or its number of evaluations without a better loss."""
+    if rule.step is not None:
+        return step >= rule.step
+    patience = rule.patience or 1
+    return len(losses) > patience and min(losses[-patience:]) >= min(losses[:-patience]) - rule.improvement
+
+
+def split(run: Session, state: RunState, plan: StagePlan) -> None:
+    """Saves, rebuilds the engine under a finer plan and restores."""
+    from megatron_inherit.model.load import random_reader
+    from megatron_inherit.train.objectives import distill_of
+
+    upkeep.save_if_due(run, state, stopping=True)
+    sharing = run.plan.options.sharing
+    if sharing is None:
+        return
+    options = dataclasses.replace(run.plan.options, sharing=dataclasses.replace(sharing, plan=plan))
+    counts = count_shared(run.plan.model, plan)
+    run.plan = dataclasses.replace(run.plan, options=options, parameters=counts.unique)
+    run.identity = dataclasses.replace(run.identity, stages=plan.to_json())
+    distill = distill_of(run.plan.config, run.plan.model, run.loader)
+    run.engine.rebuild(options, random_reader(run.plan.model, 0), distill)
+    resume.restore(step_folder(run.checkpoints, state.step), run.engine, run.identity)
+    run.metrics.write({"kind": "untie", "step": state.step, "plan": str(plan), "parameters": counts.unique})
+    if run.is_first:
+        logger.info("Step %d: stages split into %s, %d parameters.", state.step, plan, counts.unique)
