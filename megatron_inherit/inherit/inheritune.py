@@ -14,7 +14,7 @@ from megatron_inherit.arch.tensors import TensorSpec, enumerate_tensors
 from megatron_inherit.base.errors import UsageError
 from megatron_inherit.checkpoint.formats.hf_config import write_config
 from megatron_inherit.checkpoint.stream import Source
-from megatron_inherit.plan.convert import copy_op, optimizer_ops, origin_of, output_config
+from megatron_inherit.plan.convert import copy_op, optimizer_ops, origin_of, output_config, settle_layout
 from megatron_inherit.plan.init import STD
 from megatron_inherit.plan.ops import Copy, Init, Op
 from megatron_inherit.plan.plan import Layout, TransferPlan, describe_layers
@@ -49,7 +49,7 @@ def plan_inheritance(
         UsageError: The head is to be reset and is the embedding.
         PlanError: The plan would not be total.
     """
-    layout = layout or Layout()
+    layout, dtype = settle_layout(layout or Layout(), dtype, source, optimizer=optimizer)
     config = source.config.with_layers(len(layers))
     fresh = set(reset) | set(published_reset(config) if as_published else ())
     if config.tied and "head" in fresh and "embed" not in fresh:

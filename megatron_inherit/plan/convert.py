@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +30,7 @@ def plan_conversion(
     Raises:
         PlanError: Optimizer state is asked for and the checkpoint has none.
     """
-    layout = layout or Layout()
+    layout, dtype = settle_layout(layout or Layout(), dtype, source, optimizer=optimizer)
     ops = [copy_op(spec.name, spec.name, source, dtype) for spec in enumerate_tensors(source.config)]
     if optimizer:
         ops += optimizer_ops({op.target: op.source for op in ops}, source)
@@ -43,6 +44,26 @@ def plan_conversion(
         layer_map=tuple(range(source.config.num_layers)),
         hf_config=output_config(source, source.config, range(source.config.num_layers), ops[0].dtype),
     ).check()
+
+
+def settle_layout(layout: Layout, dtype: str | None, source: Source, *, optimizer: bool) -> tuple[Layout, str | None]:
+    """Settles what the output's format or the optimizer's state dictates.
+
+    A universal checkpoint holds fp32 weights. Moments are worth nothing without the number of steps behind them, which
+    travels as the iteration.
+
+    Args:
+        layout: As asked for.
+        dtype: As asked for.
+        source: The checkpoint.
+        optimizer: Its optimizer state is taken along.
+    """
+    if layout.format == "ds_universal" and dtype is None:
+        dtype = "F32"
+    if optimizer and not layout.iteration:
+        step = source.details.get("optimizer_step") or source.details.get("iteration") or 0
+        layout = dataclasses.replace(layout, iteration=int(step))
+    return layout, dtype
 
 
 def copy_op(target: str, name: str, source: Source, dtype: str | None, key: str = "") -> Copy:
@@ -81,7 +102,8 @@ def optimizer_ops(sources: Mapping[str, str], source: Source) -> list[Copy]:
     if not kinds:
         raise PlanError(
             f"{source.path} ({source.format}) has no optimizer state that can be taken along.",
-            fix="Leave --optimizer keep out, or give a DeepSpeed or Megatron checkpoint that has it.",
+            fix=source.details.get("optimizer_note")
+            or "Leave --optimizer keep out, or give a DeepSpeed or Megatron checkpoint that has it.",
         )
     return [copy_op(target, name, source, None, kind) for target, name in sources.items() for kind in kinds]
 

@@ -170,7 +170,8 @@ def _width_rule(hidden: int, width: int) -> tuple[int, float | None]:
     if ffn_width(hidden, 256, None) == width:
         return 256, None
     multiple_of = width & -width
-    return multiple_of, (width - multiple_of / 2) / int(2 * 4 * hidden / 3)
+    inside = width - multiple_of / 2 if multiple_of > 1 else width + 0.5
+    return multiple_of, inside / int(2 * 4 * hidden / 3)
 
 
 def _config(params: Mapping[str, Any], shards: list[dict[str, Extent]], folder: Path) -> ModelConfig:
