@@ -11,7 +11,7 @@ import xxhash
 from megatron_inherit.base.errors import DataError
 from megatron_inherit.data.opening import Stream, Verify, beyond_vocabulary, open_stream
 from megatron_inherit.data.packing import Boundary, make_cutter
-from megatron_inherit.data.permutation import KeyedPermutation, derive_key
+from megatron_inherit.data.permutation import BLOCK, KeyedPermutation, derive_key
 from megatron_inherit.data.spans import Pieces, copy_pieces, find_pieces
 
 _COUNT_CHUNK = 1 << 20
@@ -112,6 +112,7 @@ class Loader:
                 expected=f"at least {options.sequence_length + 1}",
             )
         self.num_samples = self.samples_per_epoch * options.epochs if options.epochs else sys.maxsize
+        self._permutations: dict[int, KeyedPermutation] = {}
         order = (options.sequence_length, options.seed, options.boundary, options.split, options.shuffle)
         self.fingerprint = xxhash.xxh3_128_hexdigest(repr((stream.fingerprint, *order)).encode())
 
@@ -123,7 +124,7 @@ class Loader:
         """
         self.require(start + count)
         ids = np.arange(start, start + count)
-        first, length = self._cutter.ranges(self.windows(ids))
+        first, length = self._cutter.ranges(np.array([self._window(one) for one in range(start, start + count)]))
         pieces = find_pieces(self.stream.spans, first, length)
         window = np.full((count, self.sequence_length + 1), self._pad_id, np.int64)
         copy_pieces(self.stream.source, pieces, window)
@@ -153,9 +154,21 @@ class Loader:
         out = np.empty_like(index)
         for number in np.unique(epoch).tolist():
             chosen = epoch == number
-            key = derive_key(self.options.seed, "samples", number)
-            out[chosen] = KeyedPermutation(self.samples_per_epoch, key)(index[chosen])
+            out[chosen] = self._permutation(number)(index[chosen])
         return out
+
+    def _permutation(self, epoch: int) -> KeyedPermutation:
+        if epoch not in self._permutations:
+            key = derive_key(self.options.seed, "samples", epoch)
+            self._permutations = {epoch: KeyedPermutation(self.samples_per_epoch, key)}
+        return self._permutations[epoch]
+
+    def _window(self, sample: int) -> int:
+        epoch, index = divmod(sample, self.samples_per_epoch)
+        if not self.options.shuffle:
+            return index
+        block, place = divmod(index, BLOCK)
+        return int(self._permutation(epoch).block(block)[place])
 
     def drawn(self, start: int, stop: int) -> dict[str, int]:
         """Counts the tokens of each domain in samples ``[start, stop)``, computed from the order, not from a log."""
@@ -193,14 +206,12 @@ class Loader:
 
 def _document_ids(pieces: Pieces, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Gives positions within documents, document numbers within the window, and which labels stay in the document."""
-    position, segment = np.empty(shape, np.int64), np.empty(shape, np.int32)
-    run = np.arange(shape[1])
-    number, last_row = 0, -1
-    for row, begin, end in zip(pieces.row.tolist(), pieces.begin.tolist(), pieces.end.tolist(), strict=True):
-        number = number + 1 if row == last_row else 0
-        position[row, begin:end] = run[: end - begin]
-        segment[row, begin:end] = number
-        last_row = row
+    lengths = pieces.end - pieces.begin
+    first = np.searchsorted(pieces.row, pieces.row)
+    number = (np.arange(len(lengths)) - first).astype(np.int32)
+    run = np.arange(shape[0] * shape[1])
+    position = (run - np.repeat(np.cumsum(lengths) - lengths, lengths)).reshape(shape)
+    segment = np.repeat(number, lengths).reshape(shape)
     return position[:, :-1], segment[:, :-1], segment[:, 1:] == segment[:, :-1]
 
 

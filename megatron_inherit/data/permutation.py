@@ -9,6 +9,8 @@ import xxhash
 
 _ROUNDS = 6
 _CHUNK = 1 << 15
+_KEPT = 8
+BLOCK = 1 << 12
 
 
 def derive_key(*parts: object) -> int:
@@ -41,7 +43,20 @@ class KeyedPermutation:
         self.size = size
         self._rows = math.isqrt(max(size - 1, 0)) + 1
         self._columns = max(1, -(-size // self._rows))
+        self._blocks: dict[int, np.ndarray] = {}
         self._keys = [derive_key(key, "round", number) for number in range(_ROUNDS)]
+
+    def block(self, number: int) -> np.ndarray:
+        """Gives the elements at positions ``[number * BLOCK, (number + 1) * BLOCK)``; the last blocks asked are kept.
+
+        A training step asks for a few positions at a time, and for a few the calls cost more than the arithmetic.
+        """
+        if number not in self._blocks:
+            if len(self._blocks) >= _KEPT:
+                self._blocks.pop(next(iter(self._blocks)))
+            start = number * BLOCK
+            self._blocks[number] = self(np.arange(start, min(self.size, start + BLOCK)))
+        return self._blocks[number]
 
     def __call__(self, index: np.ndarray) -> np.ndarray:
         """Maps positions, int64 [n] each in [0, size), to elements, int64 [n]."""
