@@ -53,7 +53,9 @@ def shape(function: str, name: str, tensor: torch.Tensor, expected: tuple[int, .
         want in (-1, have) for have, want in zip(tensor.shape, expected, strict=True)
     )
     if not fits:
-        raise KernelValueError(f"{function}: {name!r} has the wrong shape.", got=tuple(tensor.shape), expected=expected)
+        raise KernelValueError(
+            f"{function}: {name!r} has the wrong shape.", got=tuple(tensor.shape), expected=tuple(expected)
+        )
 
 
 def norm(

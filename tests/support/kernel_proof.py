@@ -17,7 +17,7 @@ def tensor(
 ) -> torch.Tensor:
     """Draws normal values; the same on every device and, up to rounding, in every dtype."""
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(*shape, generator=generator) * scale + shift).to(dtype).to(device)
+    return (torch.randn(shape, generator=generator) * scale + shift).to(dtype).to(device)
 
 
 def spread(x: torch.Tensor) -> torch.Tensor:
