@@ -42,9 +42,9 @@ def make_cache(
     """
     from megatron_inherit.distill.teacher import target_predictor
     from megatron_inherit.model.build import DTYPES
+    from megatron_inherit.train.inputs import open_run_loader
     from megatron_inherit.train.objectives import teacher_of
     from megatron_inherit.train.preflight import plan_run
-    from megatron_inherit.train.session import open_run_loader
 
     plan = plan_run(config, world_size=1)
     teacher = teacher_of(config, plan.model)

@@ -145,6 +145,15 @@ def config_hash(config: RunConfig) -> str:
     ).hexdigest()
 
 
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Gives nested mappings by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat |= flatten(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
+    return flat
+
+
 def _parse(text: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)

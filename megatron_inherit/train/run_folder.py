@@ -28,7 +28,7 @@ FOREIGN_LOCK_SECONDS = 300.0
 _PACKAGES = ("torch", "megatron-core", "deepspeed", "transformers", "triton", "numpy", "safetensors", "pydantic")
 
 
-def prepare_folder(folder: Path) -> None:
+def make_writable(folder: Path) -> None:
     """Creates a run's folder and tries to write in it.
 
     Raises:

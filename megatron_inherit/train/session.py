@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
+
+import yaml
 
 from megatron_inherit.base.atomic import write_json, write_text
 from megatron_inherit.base.errors import DiskError, DivergedError, MinheritError, PreemptedError
 from megatron_inherit.base.log import get_logger
-from megatron_inherit.checkpoint.stream import SideFile
-from megatron_inherit.config.load import config_hash, to_yaml
+from megatron_inherit.config.load import config_hash, flatten, to_yaml
 from megatron_inherit.train.checkpointing import KeepPolicy, Saver, remove_leftovers, require_checkpoint_space
+from megatron_inherit.train.inputs import identity_of, open_data, read_side_files
 from megatron_inherit.train.loggers import open_loggers
 from megatron_inherit.train.metrics import MetricsLog, Speedometer, speedometer
 from megatron_inherit.train.pace import Pace
@@ -26,7 +28,7 @@ from megatron_inherit.train.run_folder import (
     clear_exit_status,
     environment,
     locked,
-    prepare_folder,
+    make_writable,
     write_exit_status,
 )
 from megatron_inherit.train.signals import StopRequest
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 Resume = Literal["auto", "never"]
-SKIPPED = "skipped_samples.json"
+RECIPE, SKIPPED = "run.yaml", "skipped_samples.json"
 
 
 @dataclass
@@ -100,9 +102,11 @@ def open_session(plan: RunPlan, *, resume: Resume = "auto", profile: bool = Fals
     """
     rank = int(os.environ.get("RANK", "0"))
     with contextlib.ExitStack() as stack:
-        beat = _hold_folder(stack, plan, resume) if rank == 0 else None
-        _ = stack.enter_context(_exit_status(plan.output))
         stop = stack.enter_context(StopRequest())
+        beat = _hold_folder(stack, plan) if rank == 0 else None
+        _ = stack.enter_context(_exit_status(plan.output))
+        if rank == 0:
+            _prepare_folder(plan, resume)
         guard = plan.config.guard
         watchdog = Watchdog(
             plan.output / "heartbeats",
@@ -112,10 +116,10 @@ def open_session(plan: RunPlan, *, resume: Resume = "auto", profile: bool = Fals
             beat=beat,
             on_silence=lambda sentence: _end(plan.output, sentence),
         )
-        loader, windows = _open_data(plan, rank)
+        loader, windows = open_data(plan, rank)
         engine = stack.enter_context(_engine(plan, loader))
         stack.enter_context(watchdog)
-        identity = _identity(plan, loader)
+        identity = identity_of(plan, loader)
         session = Session(
             plan=plan,
             engine=engine,
@@ -146,19 +150,34 @@ def write_skipped(folder: Path, ranges: list[tuple[int, int]]) -> None:
     write_json(folder / SKIPPED, ranges)
 
 
-def _hold_folder(stack: contextlib.ExitStack, plan: RunPlan, resume: Resume) -> Any:
+def _hold_folder(stack: contextlib.ExitStack, plan: RunPlan) -> Callable[[], None]:
     """Takes the folder for this job, before anything in it is touched; gives the lock's sign of life."""
-    prepare_folder(plan.output)
+    make_writable(plan.output)
     lock = stack.enter_context(locked(plan.output))
+    clear_exit_status(plan.output)
+    return lock.touch
+
+
+def _prepare_folder(plan: RunPlan, resume: Resume) -> None:
     checkpoints = plan.output / "checkpoints"
     if resume == "never":
         refuse_existing(checkpoints)
     require_checkpoint_space(plan.output, plan.checkpoint_bytes)
-    clear_exit_status(plan.output)
     checkpoints.mkdir(exist_ok=True)
     remove_leftovers(checkpoints)
-    write_text(plan.output / "run.yaml", to_yaml(plan.config))
-    return lock.touch
+    text = to_yaml(plan.config)
+    _tell_changes(plan.output / RECIPE, text)
+    write_text(plan.output / RECIPE, text)
+
+
+def _tell_changes(path: Path, text: str) -> None:
+    """Says which keys differ from the session before."""
+    if not path.exists():
+        return
+    before, now = (flatten(yaml.safe_load(words) or {}) for words in (path.read_text(), text))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            logger.info("Changed since the last session: %s from %s to %s.", key, before.get(key), now.get(key))
 
 
 @contextlib.contextmanager
@@ -231,71 +250,6 @@ def _end(folder: Path, sentence: str) -> None:
     os._exit(1)
 
 
-def open_run_loader(plan: RunPlan, rank: int) -> Loader:
-    """Opens the samples of a run; rank 0 verifies the files.
-
-    Raises:
-        DataError: They are missing or damaged.
-    """
-    from megatron_inherit.data.loader import LoaderOptions, open_loader
-
-    data, train = plan.config.data, plan.config.train
-    return open_loader(
-        LoaderOptions(
-            path=data.path,
-            sequence_length=train.sequence_length,
-            seed=plan.config.run.seed if data.seed is None else data.seed,
-            epochs=data.epochs,
-            boundary=data.boundary,
-            split=data.split,
-            shuffle=data.shuffle,
-            vocab_size=plan.model.vocab_size,
-            verify=data.verify if rank == 0 else "none",
-        )
-    )
-
-
-def _open_data(plan: RunPlan, rank: int) -> tuple[Loader, EvalWindows | None]:
-    from megatron_inherit.data.windows import EvalWindows
-
-    loader = open_run_loader(plan, rank)
-    loader.require(plan.total_samples)
-    path = plan.config.eval.windows
-    windows = None if path is None else EvalWindows.load(path)
-    if windows is not None:
-        _check_windows(windows, plan)
-    return loader, windows
-
-
-def _check_windows(windows: EvalWindows, plan: RunPlan) -> None:
-    from megatron_inherit.base.errors import DataError
-
-    length, largest = windows.tokens.shape[1] - 1, int(windows.tokens.max())
-    if largest >= plan.model.vocab_size:
-        raise DataError(
-            f"{plan.config.eval.windows} holds token ids beyond the model's vocabulary.",
-            got=largest,
-            expected=f"below {plan.model.vocab_size}",
-        )
-    if length > plan.model.max_positions:
-        raise DataError(
-            f"The windows of {plan.config.eval.windows} are longer than the model's positions.",
-            got=length,
-            expected=f"at most {plan.model.max_positions}",
-        )
-
-
-def _identity(plan: RunPlan, loader: Loader) -> Identity:
-    tokenizer = loader.stream.tokenizer
-    return Identity(
-        model=plan.model.to_json(),
-        tokenizer="" if tokenizer is None else tokenizer.fingerprint,
-        data=loader.stream.fingerprint,
-        order=loader.fingerprint,
-        stages=plan.options.sharing.plan.to_json() if plan.options.sharing else None,
-    )
-
-
 def _saver(plan: RunPlan, engine: Engine, loader: Loader) -> Saver:
     section = plan.config.checkpoint
     token = engine.gather_text(os.urandom(4).hex())[0]
@@ -305,29 +259,8 @@ def _saver(plan: RunPlan, engine: Engine, loader: Loader) -> Saver:
         token=token,
         keep=KeepPolicy(section.keep_last, section.keep_every_steps),
         asynchronous=section.asynchronous,
-        side_files=_side_files(plan, loader),
+        side_files=read_side_files(plan, loader) if engine.topology.rank == 0 else (),
     )
-
-
-def _side_files(plan: RunPlan, loader: Loader) -> tuple[SideFile, ...]:
-    """Takes the model's tokenizer and licence; a preset's model takes the tokenizer of its data."""
-    if plan.source is not None and plan.source.side_files:
-        return plan.source.side_files
-    tokenizer = loader.stream.tokenizer
-    if tokenizer is not None and tokenizer.kind == "bytes":
-        from megatron_inherit.data.byte_files import byte_tokenizer_files
-
-        return tuple(SideFile(name, content=content) for name, content in byte_tokenizer_files().items())
-    path = Path(tokenizer.path) if tokenizer is not None else None
-    if path is None or not path.exists():
-        return ()
-    from megatron_inherit.checkpoint.files import file_pool
-    from megatron_inherit.checkpoint.formats.hf import side_files
-
-    if path.is_file():
-        return (SideFile(path.name, str(path)),)
-    with file_pool() as pool:
-        return side_files(pool, str(path))
 
 
 def _metrics(plan: RunPlan, rank: int) -> MetricsLog:

@@ -55,16 +55,17 @@ def compare_ranks(run: Session, state: RunState) -> None:
                 f"Ranks {', '.join(map(str, unequal))} hold other weights than their replicas after step {state.step}.",
                 fix="Check those devices; the run resumes from its last checkpoint.",
             )
-    keep(run, run.saver.poll)
+    keep(run, state.step, run.saver.poll)
 
 
 def evaluate_now(run: Session, state: RunState) -> None:
     """Scores the fixed windows and writes the row."""
     if run.windows is None:
         return
-    run.watchdog.progress(state.step, "evaluate")
     size = run.plan.config.eval.micro_batch or 8 * run.plan.options.micro_batch
-    found = evaluate(run.engine, run.windows, micro_batch=size)
+    found = evaluate(
+        run.engine, run.windows, micro_batch=size, beat=lambda: run.watchdog.progress(state.step, "evaluate")
+    )
     row: dict[str, Any] = {
         "kind": "eval",
         "step": state.step,
@@ -110,19 +111,19 @@ def save_if_due(run: Session, state: RunState, stopping: bool) -> None:
         "config_hash": config_hash(run.plan.config),
         "engine": run.plan.config.engine,
     }
-    keep(run, lambda: run.saver.save(state.step, stored, facts), must=stopping or last)
+    keep(run, state.step, lambda: run.saver.save(state.step, stored, facts), must=stopping or last)
     if stopping or last:
-        keep(run, run.saver.finish, must=True)
+        keep(run, state.step, run.saver.finish, must=True)
 
 
-def keep(run: Session, action: Callable[[], SaveReport | None], *, must: bool = False) -> None:
+def keep(run: Session, step: int, action: Callable[[], SaveReport | None], *, must: bool = False) -> None:
     """Does a part of saving, tells what it took, and treats a full disk as the recipe says."""
     try:
         report = action()
     except DiskError as error:
         if must or run.plan.config.checkpoint.on_disk_full == "stop":
             raise
-        run.metrics.write({"kind": "save", "step": -1, "error": str(error)})
+        run.metrics.write({"kind": "save", "step": step, "error": str(error)})
         if run.is_first:
             logger.warning("Training goes on without this checkpoint: %s", error)
         return
@@ -140,7 +141,7 @@ def keep(run: Session, action: Callable[[], SaveReport | None], *, must: bool = 
 def finish(run: Session, state: RunState) -> None:
     """Waits until everything is on disk."""
     run.watchdog.progress(state.step, "finish")
-    keep(run, run.saver.finish, must=True)
+    keep(run, state.step, run.saver.finish, must=True)
     run.saver.close()
     run.engine.barrier()
 
@@ -148,7 +149,7 @@ def finish(run: Session, state: RunState) -> None:
 def roll_back(run: Session, state: RunState) -> RunState:
     """Returns to the last checkpoint without the samples of the bad steps; gives up when that was tried enough."""
     run.watchdog.progress(state.step, "roll_back")
-    keep(run, run.saver.finish)
+    keep(run, state.step, run.saver.finish)
     given_up = (state.bad_since, state.samples)
     found = resume.find_checkpoint(run.checkpoints, run.engine)
     if found is None or len(run.skipped) >= run.plan.config.guard.max_rollbacks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,19 +15,24 @@ if TYPE_CHECKING:
     from megatron_inherit.engines.base import Engine
 
 
-def evaluate(engine: Engine, windows: EvalWindows, *, micro_batch: int) -> ValLoss:
+def evaluate(
+    engine: Engine, windows: EvalWindows, *, micro_batch: int, beat: Callable[[], None] | None = None
+) -> ValLoss:
     """Scores the windows.
 
     Args:
         engine: All ranks call this together.
         windows: The same on all ranks.
-        micro_batch: Windows of one forward pass on one replica.
+        micro_batch: Windows that a replica takes at a time.
+        beat: Called before each of these times.
     """
-    losses, counts = window_losses(engine, windows, micro_batch=micro_batch)
+    losses, counts = window_losses(engine, windows, micro_batch=micro_batch, beat=beat)
     return summarize(losses, counts, windows.num_bytes)
 
 
-def window_losses(engine: Engine, windows: EvalWindows, *, micro_batch: int) -> tuple[list[float], list[int]]:
+def window_losses(
+    engine: Engine, windows: EvalWindows, *, micro_batch: int, beat: Callable[[], None] | None = None
+) -> tuple[list[float], list[int]]:
     """Gives every window's summed loss in nats and its predicted tokens, on every rank.
 
     Each replica scores every ``data_size``-th batch; a replica without a batch of its own runs along on a masked one,
@@ -35,6 +41,8 @@ def window_losses(engine: Engine, windows: EvalWindows, *, micro_batch: int) -> 
     total, place = len(windows), engine.topology
     sums = np.zeros((2, total))
     for first in range(0, total, micro_batch * place.data_size):
+        if beat is not None:
+            beat()
         start = first + micro_batch * place.data_rank
         count = max(0, min(micro_batch, total - start))
         batch = _filled(windows.batch(start if count else 0, count or 1), micro_batch, masked=not count)

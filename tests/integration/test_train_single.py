@@ -235,3 +235,22 @@ def test_never_resuming_refuses_a_folder_with_checkpoints(tmp_path, corpus, half
     ended = train(tmp_path, corpus, "--resume", "never")
     assert ended.codes == [2]
     assert "step 12" in ended.text
+
+
+def test_a_profile_is_a_trace_that_names_operations(tmp_path, corpus):
+    ended = train(tmp_path, corpus, "--profile", "train.steps=8")
+    assert ended.codes == [0], ended.text
+    trace = json.loads((tmp_path / "run/profile/rank_00000.json").read_text())
+    assert any("aten::mm" in str(event.get("name")) for event in trace["traceEvents"])
+
+
+def test_a_changed_recipe_is_told_and_a_ramp_is_resumed_exactly(tmp_path, corpus):
+    ramp = {"train": {"batch_ramp": {"start": 2, "increment": 2, "samples": 24}}}
+    for name, stops in (("whole", ()), ("halves", ("train.stop_after=5",))):
+        for stop in (*stops, "train.stop_after=null"):
+            ended = train(tmp_path / name, corpus, stop, sections=ramp)
+            assert ended.codes == [0 if "null" in stop else 75], ended.text
+    assert "Changed since the last session: train.stop_after from 5 to None" in ended.text
+    assert curve(tmp_path / "halves" / "run") == curve(tmp_path / "whole" / "run")
+    sizes = [row["samples"] for row in rows(tmp_path / "whole" / "run")]
+    assert sizes[:9] == [2, 4, 6, 8, 12, 16, 22, 28, 36]
