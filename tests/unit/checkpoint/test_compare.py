@@ -1,0 +1,91 @@
+import json
+
+import numpy as np
+import pytest
+
+from megatron_inherit.checkpoint.compare import compare, compare_manifest
+from megatron_inherit.checkpoint.detect import open_source
+from megatron_inherit.checkpoint.manifest import hash_source, load_file, to_json
+from megatron_inherit.cli.main import main
+from tests.support.checkpoints import llama, random_arrays, write_checkpoint
+
+
+@pytest.fixture
+def pair(tmp_path):
+    arrays = random_arrays(llama())
+    left = write_checkpoint(tmp_path / "left", llama(), arrays, "hf")
+    arrays["layers.2.mlp.up.weight"] = arrays["layers.2.mlp.up.weight"].copy()
+    arrays["layers.2.mlp.up.weight"][5, 7] += 0.5
+    arrays["layers.2.mlp.up.weight"][40, 0] = np.nan
+    right = write_checkpoint(tmp_path / "right", llama(), arrays, "hf", max_shard_bytes=20_000)
+    return left, right
+
+
+def test_first_differing_element_is_named(pair, capsys):
+    assert main(["verify", *map(str, pair)]) == 1
+    output = capsys.readouterr().out
+    assert "layers.2.mlp.up.weight[5, 7]" in output
+    assert "2 elements differ" in output
+    assert "38 of 39 tensors are equal" in output
+
+
+def test_equal_is_exit_0_across_layouts(tmp_path, capsys):
+    arrays = random_arrays(llama())
+    paths = [
+        write_checkpoint(tmp_path / "one", llama(), arrays, "hf"),
+        write_checkpoint(tmp_path / "two", llama(), arrays, "hf", max_shard_bytes=9_000),
+        write_checkpoint(tmp_path / "three", llama(), arrays, "megatron", tp=2, pp=2),
+    ]
+    for other in paths[1:]:
+        assert main(["verify", str(paths[0]), str(other)]) == 0
+    assert "39 of 39" in capsys.readouterr().out
+    with open_source(paths[0]) as one, open_source(paths[2]) as three:
+        assert hash_source(one) == hash_source(three)
+
+
+def test_shapes_types_and_absence(tmp_path):
+    write_checkpoint(tmp_path / "a", llama(), random_arrays(llama()), "hf")
+    shorter, wider = llama(num_layers=3), llama(vocab_size=131)
+    write_checkpoint(tmp_path / "b", shorter, random_arrays(shorter), "hf")
+    write_checkpoint(tmp_path / "c", wider, random_arrays(wider), "hf")
+    write_checkpoint(tmp_path / "d", llama(), random_arrays(llama(), dtype="F16"), "hf", dtype="F16")
+    with open_source(tmp_path / "a") as a:
+        for name, what, count in (("b", "missing", 9), ("c", "shape", 2), ("d", "dtype", 39)):
+            with open_source(tmp_path / name) as other:
+                found = [one for one in compare(a, other) if one.what == what]
+                assert len(found) == count, name
+                assert what in found[0].describe()
+
+
+def test_a_tied_head_equals_its_stored_copy(tmp_path):
+    arrays = random_arrays(llama(tied=True))
+    write_checkpoint(tmp_path / "tied", llama(tied=True), arrays, "hf")
+    write_checkpoint(tmp_path / "untied", llama(), arrays | {"head.weight": arrays["embed.weight"]}, "hf")
+    with open_source(tmp_path / "tied") as tied, open_source(tmp_path / "untied") as untied:
+        assert compare(tied, untied) == []
+
+
+def test_manifests_are_compared_too(pair, tmp_path, capsys):
+    with open_source(pair[0]) as left, open_source(pair[1]) as right:
+        (tmp_path / "left.json").write_text(json.dumps(to_json(hash_source(left))))
+        assert compare_manifest(left, load_file(tmp_path / "left.json")) == []
+        assert [one.tensor for one in compare_manifest(right, load_file(tmp_path / "left.json"))] == [
+            "layers.2.mlp.up.weight"
+        ]
+    assert main(["verify", str(pair[1]), str(tmp_path / "left.json")]) == 1
+    (tmp_path / "bad.json").write_text('{"files": {}}')
+    assert main(["verify", str(pair[1]), str(tmp_path / "bad.json")]) == 5
+    assert "no manifest of tensors" in capsys.readouterr().err
+
+
+def test_inspect_lists_hashes_and_facts(pair, capsys):
+    assert main(["inspect", str(pair[0])]) == 0
+    output = capsys.readouterr().out
+    assert "llama" in output
+    assert "8 query, 2 key/value of 4" in output
+    assert main(["inspect", str(pair[0]), "--json", "--hashes"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["tensors"]["layers.0.attn.k.weight"]["shape"] == [8, 32]
+    assert len(facts["xxh3"]) == 39
+    assert main(["inspect", str(pair[0]), "--tensors"]) == 0
+    assert "layers.3.mlp.down.weight" in capsys.readouterr().out
