@@ -1,6 +1,6 @@
 """Data: tokenizing against the libraries in memory, the loader, the order, and subsets of 10^6 to 10^8 documents.
 
-    python benchmarks/data.py tokenize --text FOLDER --tokenizer PATH ...     # FOLDER as `minherit data ingest` writes it
+    python benchmarks/data.py tokenize --text FOLDER --tokenizer PATH ...   # FOLDER: what `minherit data ingest` wrote
     python benchmarks/data.py loader
     python benchmarks/data.py order
     python benchmarks/data.py subset --documents 1e6 1e7 1e8
@@ -173,6 +173,7 @@ class MapTokenizer:
         self._name, self._opened = name, None
 
     def __call__(self, batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        """Encodes a batch."""
         self._opened = self._opened or open_tokenizer(self._name)
         return {"input_ids": self._opened.encode_batch(batch["text"])}
 

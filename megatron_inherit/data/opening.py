@@ -67,7 +67,7 @@ def open_stream(path: str | Path, split: str, *, vocab_size: int | None = None, 
     manifest = path / MANIFEST
     if not manifest.is_file():
         _only_all(path, split)
-        return _open_prefix(path, vocab_size)
+        return _open_prefix(path, None if verify == "none" else vocab_size)
     if _kind(manifest) == "subset":
         return _open_subset(path, split, vocab_size, verify)
     _only_all(path, split)

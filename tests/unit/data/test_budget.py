@@ -223,3 +223,28 @@ def test_data_and_subset_move_together(corpus: list[str], tmp_path: Path) -> Non
     after = open_loader(LoaderOptions(str(tmp_path / "there" / "s"), 8))
     assert np.array_equal(after.batch(0, 4).tokens, first)
     assert after.fingerprint == before.fingerprint
+
+
+def test_the_report_of_a_run_warns_of_a_share_that_is_off(
+    corpus: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import logging
+
+    from megatron_inherit.data.drawn import report_drawn
+
+    monkeypatch.setattr(logging.getLogger("megatron_inherit"), "propagate", True)
+    caplog.set_level("INFO")
+    short = {"tokens": 5000, "weights": "cc=.1,c4=.1,books=.8", "valid_share": 0, "test_share": 0}
+    make_subset(corpus, tmp_path / "s", SubsetOptions(**short, on_short="take-all"))
+    loader = open_loader(LoaderOptions(str(tmp_path / "s"), 8, epochs=2))
+    n = loader.samples_per_epoch
+    assert report_drawn(loader, 2 * n, skipped=[(3, n)]) == {
+        name: tokens + loader.drawn(0, 3)[name] for name, tokens in loader.drawn(n, 2 * n).items()
+    }
+    assert "off its share: books" in caplog.text
+    caplog.clear()
+    make_subset(corpus, tmp_path / "t", SubsetOptions(tokens=3000, weights="cc=.5,c4=.3,books=.2"))
+    report_drawn(open_loader(LoaderOptions(str(tmp_path / "t"), 8)), 300)
+    assert "drawn: books" in caplog.text
+    assert "(20.00% intended)" in caplog.text
+    assert "off its share" not in caplog.text
