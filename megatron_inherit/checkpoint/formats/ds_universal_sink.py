@@ -59,7 +59,7 @@ def make_sink(config: ModelConfig, dtypes: Mapping[str, str], options: SinkOptio
         archives[f"{parameter}/step.pt"] = lay_out(f"{parameter}/step.pt", step)
         for kind in _KINDS:
             file = f"{parameter}/{kind}.pt"
-            archives[file] = lay_out(file, _entry(tensor))
+            archives[file] = lay_out(file, _entry(tensor, zeros=kind != "fp32" and not options.optimizer))
             places = tensor.map(whole(archives[file].extents[0]))
             for part in tensor.parts:
                 if options.optimizer:
@@ -96,9 +96,9 @@ def _rows(config: ModelConfig, dialect: str) -> tuple[LayoutRow, ...]:
     raise UsageError(f"Unknown dialect {dialect!r} of universal names.", expected=f"hf, {', '.join(DIALECTS)}")
 
 
-def _entry(tensor: PhysicalTensor) -> dict[str, Any]:
+def _entry(tensor: PhysicalTensor, *, zeros: bool) -> dict[str, Any]:
     """Gives what a parameter's file holds: the tensor, and how tensor parallelism may cut it."""
-    entry: dict[str, Any] = {"param": Blank("F32", tensor.shape())}
+    entry: dict[str, Any] = {"param": Blank("F32", tensor.shape(), zeros=zeros)}
     axis = tensor.split_axis
     if axis is not None:
         entry["cat_dim"] = 1 - axis if tensor.row.transpose else axis

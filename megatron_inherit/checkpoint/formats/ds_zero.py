@@ -186,7 +186,9 @@ def _flat(ranks: Sequence[_Rank], states: Mapping[str, Any], folder: Path) -> Fl
                 raise CheckpointError(
                     f"{folder}: the partitions do not hold all of {name}.", got=covered, expected=math.prod(shape)
                 )
-        flat[kind] = {name: StoredTensor(tuple(shape), "F32", tuple(pieces[name])) for name, shape in shapes.items()}
+        flat[kind] = {
+            name: StoredTensor(tuple(shape), "F32", tuple(pieces.get(name, ()))) for name, shape in shapes.items()
+        }
         for alias, holder in states.get("shared_params", {}).items():
             if holder in flat[kind]:
                 flat[kind].setdefault(alias, flat[kind][holder])

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_inherit.arch.families import FAMILIES
 from megatron_inherit.arch.model_config import ModelConfig, Rope
 from megatron_inherit.arch.tensors import family_of
 from megatron_inherit.base.errors import CheckpointError
@@ -68,19 +69,17 @@ def config_from_args(args: Mapping[str, Any], *, where: str) -> ModelConfig:
 
 def _read(args: Mapping[str, Any]) -> ModelConfig:
     heads, hidden = args["num_attention_heads"], args["hidden_size"]
-    gated = bool(args.get("swiglu"))
     rms = args.get("normalization", "LayerNorm") == "RMSNorm"
     kind = args.get("position_embedding_type", "learned_absolute")
     rotary = kind == "rope" or bool(args.get("use_rotary_position_embeddings"))
-    if gated != rms or gated != rotary:
-        raise KeyError(f"no family has normalization {args.get('normalization')}, swiglu {gated}, positions {kind}")
     bias = bool(args.get("add_bias_linear", True))
     qkv_bias = bias or bool(args.get("add_qkv_bias"))
     qk_norm = bool(args.get("qk_layernorm"))
     window = args.get("window_size")
     groups = args.get("num_query_groups") if args.get("group_query_attention", True) else None
+    special = "qwen3" if qk_norm else "qwen2" if qkv_bias and not bias else "mistral" if window else ""
     return ModelConfig(
-        family=_family(gated=gated, qkv_only=qkv_bias and not bias, qk_norm=qk_norm, window=window),
+        family=_family(rms=rms, gated=bool(args.get("swiglu")), rotary=rotary, special=special),
         num_layers=args["num_layers"],
         hidden_size=hidden,
         num_heads=heads,
@@ -101,14 +100,16 @@ def _read(args: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def _family(*, gated: bool, qkv_only: bool, qk_norm: bool, window: Any) -> str:
-    if not gated:
-        return "gpt2"
-    if qk_norm:
-        return "qwen3"
-    if qkv_only:
-        return "qwen2"
-    return "mistral" if window else "llama"
+def _family(*, rms: bool, gated: bool, rotary: bool, special: str) -> str:
+    """Finds the family with these norms, MLP and positions: the special one if it is among them, else the first."""
+    fitting = [
+        name
+        for name, family in FAMILIES.items()
+        if (family.norm == "rmsnorm", family.gated, family.positions == "rope") == (rms, gated, rotary)
+    ]
+    if not fitting:
+        raise KeyError(f"a family with RMSNorm {rms}, SwiGLU {gated}, rotary positions {rotary}")
+    return special if special in fitting else fitting[0]
 
 
 def _read_rope(args: Mapping[str, Any]) -> Rope:

@@ -7,9 +7,12 @@ offset. The check sums of the filled records are patched in at the end (``patch_
 
 from __future__ import annotations
 
+import math
+import os
 import struct
 import zlib
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from megatron_inherit.checkpoint.formats.pickle_reader import DTYPES, STORAGES
 from megatron_inherit.checkpoint.formats.pickle_writer import Pickler
 
 ALIGNMENT = 64
-_TILE = 4 << 20
+_TILE = 1 << 20
 _FULL32 = 0xFFFFFFFF
 _DOS_DATE = 0x0021
 _STORAGE_NAMES = {dtype: name for name, dtype in STORAGES.items() if name != "UntypedStorage"}
@@ -35,11 +38,13 @@ class Blank:
         dtype: safetensors name.
         shape: Elements along each axis.
         data: Its elements where they are known already.
+        zeros: It stays all zeros, as the file is created.
     """
 
     dtype: str
     shape: tuple[int, ...]
     data: bytes | None = None
+    zeros: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,12 +91,10 @@ def lay_out(file: str, value: Any, *, start: int = 0) -> Archive:
     def storage(tensor: Any) -> tuple[tuple[Any, ...], Any, Any] | None:
         if not isinstance(tensor, Blank):
             return None
-        numel = 1
-        for size in tensor.shape:
-            numel *= size
         kind = Global("torch", _STORAGE_NAMES[tensor.dtype])
         blanks.append(tensor)
-        return ("storage", kind, str(len(blanks) - 1), "cpu", numel), tensor.shape, dense_strides(tensor.shape)
+        storage_id = ("storage", kind, str(len(blanks) - 1), "cpu", math.prod(tensor.shape))
+        return storage_id, tensor.shape, dense_strides(tensor.shape)
 
     program = Pickler(storage).dumps(value)
     archive = _Layout(file, start)
@@ -122,26 +125,58 @@ def create_archives(path: Path, archives: Iterable[Archive]) -> None:
 
 
 def patch_checksums(path: Path, records: Iterable[Record]) -> None:
-    """Computes the check sums of filled records and writes them into the headers.
+    """Computes the check sums of filled records, several at once, and writes them into the headers.
 
     Args:
         path: The filled file.
         records: Of all archives in it.
     """
-    buffer = memoryview(bytearray(_TILE))
-    with path.open("r+b") as file:
-        for record in records:
-            checksum, done = 0, 0
-            file.seek(record.offset)
-            while done < record.size:
-                count = file.readinto(buffer[: min(_TILE, record.size - done)])
-                if not count:
-                    raise EOFError(f"{path} is shorter than planned")
-                checksum = zlib.crc32(buffer[:count], checksum)
-                done += count
-            for offset in record.checksum_at:
-                file.seek(offset)
-                file.write(struct.pack("<I", checksum))
+    wanted = list(records)
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as pool:
+            sums = pool.map(lambda record: _checksum(descriptor, record), wanted)
+            for record, checksum in zip(wanted, sums, strict=True):
+                for offset in record.checksum_at:
+                    os.pwrite(descriptor, struct.pack("<I", checksum), offset)
+    finally:
+        os.close(descriptor)
+
+
+def _checksum(descriptor: int, record: Record) -> int:
+    """Gives the CRC-32 of a record, read in tiles."""
+    buffer = bytearray(min(_TILE, record.size))
+    checksum, done = 0, 0
+    while done < record.size:
+        view = memoryview(buffer)[: record.size - done]
+        count = os.preadv(descriptor, [view], record.offset + done)
+        if not count:
+            raise EOFError("the file is shorter than planned")
+        checksum = zlib.crc32(view[:count], checksum)
+        done += count
+    return checksum
+
+
+def checksum_of_zeros(size: int) -> int:
+    """Gives the CRC-32 of zero bytes without looking at them: a zero byte is a linear map of the register's 32 bits."""
+    register = _FULL32
+    step = [zlib.crc32(b"\0", (1 << bit) ^ _FULL32) ^ _FULL32 for bit in range(32)]
+    while size:
+        if size & 1:
+            register = _times(step, register)
+        step = [_times(step, column) for column in step]
+        size >>= 1
+    return register ^ _FULL32
+
+
+def _times(columns: list[int], vector: int) -> int:
+    """Multiplies a matrix over GF(2), given by its columns, with a vector of bits."""
+    product = 0
+    for column in columns:
+        if vector & 1:
+            product ^= column
+        vector >>= 1
+    return product
 
 
 class _Layout:
@@ -161,13 +196,12 @@ class _Layout:
         self._segments.append((offset, data))
 
     def add_blank(self, name: str, blank: Blank) -> None:
-        """Adds a record that is filled later."""
-        size = ITEM_SIZES[blank.dtype]
-        for length in blank.shape:
-            size *= length
-        header, offset, central = self._header(name, size, 0)
+        """Adds a record that is filled later, or stays zeros."""
+        size = ITEM_SIZES[blank.dtype] * math.prod(blank.shape)
+        header, offset, central = self._header(name, size, checksum_of_zeros(size) if blank.zeros else 0)
         self._extents.append(Extent.dense(self._file, offset, blank.dtype, blank.shape))
-        self._blanks.append((offset, size, header + 14, central + 16))
+        if not blank.zeros:
+            self._blanks.append((offset, size, header + 14, central + 16))
 
     def _header(self, name: str, size: int, checksum: int) -> tuple[int, int, int]:
         """Writes both headers of a record; gives the offsets of the local one, the data, and the central one."""

@@ -1,0 +1,213 @@
+"""ZeRO partitions written by hand: every cut a real run could make, and ones that it makes rarely; refusals."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron_inherit.base.errors import CheckpointError
+from megatron_inherit.checkpoint.formats import ds_universal, ds_zero, hf
+from megatron_inherit.checkpoint.formats.hf_config import write_config
+from megatron_inherit.checkpoint.layout import physical_tensors
+from tests.support.checkpoints import FAMILIES, assert_equal, llama, numbered_arrays, read_arrays, write_checkpoint
+
+CONFIG = llama(num_layers=2, vocab_size=37, hidden_size=12, ffn_size=10)
+
+
+def parameters(config, arrays):
+    """Gives the whole parameters under Hugging Face names (GPT-2's transposed and fused ones included)."""
+    named = {}
+    for tensor in physical_tensors(hf.ROWS[config.family], config):
+        parts = np.concatenate([arrays[part.name] for part in tensor.parts])
+        named[tensor.name] = torch.from_numpy(np.ascontiguousarray(parts.T if tensor.row.transpose else parts))
+    return named
+
+
+def save_zero(folder, config, arrays, *, stage, world, groups, cuts=()):
+    """Saves partitions as DeepSpeed does; ``cuts`` moves the borders between ZeRO-3's flat groups."""
+    tag = folder / "global_step7"
+    tag.mkdir(parents=True)
+    (folder / "latest").write_text("global_step7")
+    (folder / "config.json").write_text(json.dumps(write_config(config, "F32")))
+    named = parameters(config, arrays)
+    shapes = [{name: tuple(named[name].shape) for name in group} for group in groups]
+    for rank in range(world):
+        parts = [partition(named, group, stage, world, rank) for group in groups]
+        if cuts:
+            joined = torch.cat(parts)
+            parts = list(torch.tensor_split(joined, sorted(cut % len(joined) for cut in cuts)))
+        moments = {
+            number: {"step": torch.tensor(7.0), "exp_avg": part + 0.5, "exp_avg_sq": part + 0.25}
+            for number, part in enumerate(parts)
+        }
+        weights = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
+        base = "optimizer_state_dict" if stage == 3 else "base_optimizer_state"
+        state = {
+            "zero_stage": stage,
+            "partition_count": world if stage == 3 else [world] * len(groups),
+            base: {"state": moments, "param_groups": []},
+            weights: parts,
+        }
+        torch.save({"optimizer_state_dict": state}, tag / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
+        name = f"zero_pp_rank_{rank}_mp_rank_00" if stage == 3 else "mp_rank_00"
+        model = {"param_shapes": shapes, "global_steps": 7, "shared_params": {}, "frozen_param_shapes": None}
+        torch.save(model, tag / f"{name}_model_states.pt")
+    return folder
+
+
+def partition(named, group, stage, world, rank):
+    if stage == 3:
+        parts = []
+        for name in group:
+            flat = named[name].flatten()
+            size = math.ceil(flat.numel() / world)
+            part = flat[rank * size : (rank + 1) * size]
+            parts.append(torch.nn.functional.pad(part, (0, size - part.numel())))
+        return torch.cat(parts)
+    flat = torch.cat([named[name].flatten() for name in group])
+    size = math.ceil(flat.numel() / (2 * world)) * 2  # DeepSpeed aligns to 2 x ranks, then saves without the padding
+    return flat[rank * size : (rank + 1) * size].clone()
+
+
+def check(folder, arrays):
+    with ds_zero.open_source(str(folder)) as source:
+        found = read_arrays(source, optimizer=True)
+        assert source.details["optimizer_step"] == 7
+    assert_equal({name: found[name] for name in arrays}, arrays)
+    for name, values in arrays.items():
+        np.testing.assert_array_equal(found[f"fp32:{name}"], values)
+        np.testing.assert_array_equal(found[f"exp_avg:{name}"], values + np.float32(0.5))
+        np.testing.assert_array_equal(found[f"exp_avg_sq:{name}"], values + np.float32(0.25))
+
+
+@pytest.mark.slow
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_partition_reads_back(tmp_path, data):
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    stage, world = data.draw(st.sampled_from([1, 2, 3])), data.draw(st.integers(1, 7))
+    names = data.draw(st.permutations(list(parameters(CONFIG, numbered_arrays(CONFIG)))))
+    border = data.draw(st.integers(1, len(names) - 1))
+    groups = [names[:border], names[border:]]
+    cuts = data.draw(st.lists(st.integers(1, 10**6), min_size=1, max_size=4)) if stage == 3 else ()
+    arrays = numbered_arrays(CONFIG)
+    check(save_zero(tmp_path / "run", CONFIG, arrays, stage=stage, world=world, groups=groups, cuts=cuts), arrays)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_every_family(tmp_path, family, stage):
+    config = FAMILIES[family]
+    arrays = numbered_arrays(config)
+    groups = [list(parameters(config, arrays))]
+    check(save_zero(tmp_path / "run", config, arrays, stage=stage, world=3, groups=groups), arrays)
+
+
+class TestRefusals:
+    @pytest.fixture(params=[2, 3])
+    def folder(self, request, tmp_path):
+        arrays = numbered_arrays(CONFIG)
+        groups = [list(parameters(CONFIG, arrays))]
+        return save_zero(tmp_path / "run", CONFIG, arrays, stage=request.param, world=3, groups=groups)
+
+    def refused(self, folder, *parts):
+        with pytest.raises(CheckpointError) as refusal:
+            ds_zero.open_source(str(folder))
+        for part in parts:
+            assert part in str(refusal.value)
+
+    def edit(self, path, change):
+        value = torch.load(path, weights_only=False)
+        change(value)
+        torch.save(value, path)
+
+    def test_missing_rank(self, folder):
+        (folder / "global_step7" / "zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+        self.refused(folder, "rank 1")
+
+    def test_missing_last_rank(self, folder):
+        (folder / "global_step7" / "zero_pp_rank_2_mp_rank_00_optim_states.pt").unlink()
+        self.refused(folder, "written by 3", "2 files")
+
+    def test_mixed_steps(self, folder):
+        def later(value):
+            for base in ("optimizer_state_dict", "base_optimizer_state"):
+                for state in value["optimizer_state_dict"].get(base, {}).get("state", {}).values():
+                    state["step"] = torch.tensor(8.0)
+
+        self.edit(folder / "global_step7" / "zero_pp_rank_1_mp_rank_00_optim_states.pt", later)
+        self.refused(folder, "zero_pp_rank_1", "step 8")
+
+    def test_no_config(self, folder):
+        (folder / "config.json").unlink()
+        self.refused(folder, "config.json", "which model")
+
+    def test_unknown_names(self, folder):
+        for path in (folder / "global_step7").glob("*model_states.pt"):
+            self.edit(path, lambda value: value["param_shapes"][0].update(extra=(0,)))
+        self.refused(folder, "extra")
+
+    def test_frozen_parameters(self, folder):
+        for path in (folder / "global_step7").glob("*model_states.pt"):
+            self.edit(path, lambda value: value.update(frozen_param_shapes={"a": (1,)}))
+        self.refused(folder, "frozen")
+
+    def test_partitions_that_are_too_short(self, folder):
+        def cut(value):
+            for key in ("fp32_flat_groups", "single_partition_of_fp32_groups"):
+                if key in value["optimizer_state_dict"]:
+                    parts = value["optimizer_state_dict"][key]
+                    parts[0] = parts[0][:-20].clone()
+
+        self.edit(folder / "global_step7" / "zero_pp_rank_2_mp_rank_00_optim_states.pt", cut)
+        self.refused(folder, "do not hold all of")
+
+
+@pytest.mark.parametrize("form", ["dictionary", "bare"])
+def test_both_forms_of_universal_files(tmp_path, form):
+    """``ds_to_universal`` writes bare flat tensors for ZeRO-3 and dictionaries else."""
+    arrays = numbered_arrays(CONFIG)
+    for name, tensor in parameters(CONFIG, arrays).items():
+        folder = tmp_path / "zero" / name
+        folder.mkdir(parents=True)
+        for number, kind in enumerate(("fp32", "exp_avg", "exp_avg_sq")):
+            value = tensor + number
+            torch.save(
+                {"param": value, "cat_dim": 0} if form == "dictionary" else value.flatten(), folder / f"{kind}.pt"
+            )
+        torch.save(torch.tensor(9.0), folder / "step.pt")
+    (tmp_path / "config.json").write_text(json.dumps(write_config(CONFIG, "F32")))
+    with ds_universal.open_source(str(tmp_path)) as source:
+        found = read_arrays(source, optimizer=True)
+        assert source.details["optimizer_step"] == 9
+    for name, values in arrays.items():
+        np.testing.assert_array_equal(found[name], values)
+        np.testing.assert_array_equal(found[f"exp_avg_sq:{name}"], values + 2)
+
+
+@pytest.mark.parametrize("dialect", ["hf", "local", "legacy"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_universal_round_trip(tmp_path, family, dialect):
+    config = FAMILIES[family]
+    arrays = numbered_arrays(config)
+    state = {
+        f"{kind}:{name}": values + 1 for name, values in arrays.items() for kind in ("fp32", "exp_avg", "exp_avg_sq")
+    }
+    options = {"dialect": dialect, "optimizer": True, "iteration": 5}
+    write_checkpoint(tmp_path, config, {**arrays, **state}, "ds_universal", **options)
+    with ds_universal.open_source(str(tmp_path)) as source:
+        found = read_arrays(source, optimizer=True)
+        assert source.config == config
+        assert source.details["optimizer_step"] == 5
+    assert_equal({key: found[key] for key in state}, state)
+
+
+def test_universal_weights_must_be_fp32(tmp_path):
+    arrays = numbered_arrays(CONFIG)
+    with pytest.raises(CheckpointError, match="--dtype fp32"):
+        write_checkpoint(tmp_path / "out", CONFIG, arrays, "ds_universal", dtype="BF16")
