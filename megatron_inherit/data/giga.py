@@ -6,6 +6,7 @@ without them (Hugging Face files), or does not get the texts that hold such a na
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 from collections.abc import Callable, Sequence
@@ -42,27 +43,27 @@ def choose_encoder(tokenizer: Tokenizer, backend: str, texts: Sequence[str]) -> 
 
     if backend == "own" or (backend == "auto" and importlib.util.find_spec("gigatoken") is None):
         return own
-    fast = _fast(tokenizer, own)
+    fast = _fast(tokenizer) if isinstance(tokenizer, (HuggingFaceTokenizer, SentencePieceTokenizer)) else None
     sample = [text[:_SAMPLE_CHARACTERS] for text in texts[:_SAMPLE_DOCUMENTS]]
     if fast is not None and all(map(np.array_equal, fast(sample), own(sample))):
         return fast
     reason = "cannot take this vocabulary" if fast is None else "gives other ids on a sample"
     if backend == "gigatoken":
         raise DataError(f"gigatoken {reason} ({tokenizer.path}).", fix="Use --backend own.")
-    if fast is not None or not isinstance(tokenizer, (HuggingFaceTokenizer, SentencePieceTokenizer)):
-        _log.debug("gigatoken %s: %s encodes itself", reason, tokenizer.path)
+    _log.debug("gigatoken %s: %s encodes itself", reason, tokenizer.path)
     return own
 
 
-def _fast(tokenizer: Tokenizer, own: Encoder) -> Encoder | None:
+@functools.lru_cache(maxsize=4)
+def _fast(tokenizer: HuggingFaceTokenizer | SentencePieceTokenizer) -> Encoder | None:
+    """Builds gigatoken's tables, which takes it up to a second; None for a vocabulary it cannot take."""
     module = require("gigatoken", "--backend gigatoken").Tokenizer
     try:
         if isinstance(tokenizer, HuggingFaceTokenizer):
             description = json.loads(tokenizer.to_json())
             description["added_tokens"] = [one for one in description["added_tokens"] if not one["special"]]
             return _plain(module.from_json(json.dumps(description)))
-        if isinstance(tokenizer, SentencePieceTokenizer):
-            return _around(_plain(module.from_sentencepiece(tokenizer.path)), own, tokenizer.control_pieces())
+        return _around(_plain(module.from_sentencepiece(tokenizer.path)), tokenizer)
     except (ValueError, TypeError, RuntimeError, OSError, NotImplementedError) as error:
         _log.debug("gigatoken cannot take %s: %s", tokenizer.path, error)
     return None
@@ -78,11 +79,12 @@ def _plain(backend: object) -> Encoder:
     return encode
 
 
-def _around(fast: Encoder, own: Encoder, names: Sequence[str]) -> Encoder:
+def _around(fast: Encoder, tokenizer: SentencePieceTokenizer) -> Encoder:
     """Sends a batch that holds the name of a control token to the tokenizer itself."""
+    names = tokenizer.control_pieces()
 
     def encode(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         found = any(name in text for text in texts for name in names)
-        return (own if found else fast)(texts)
+        return flatten(tokenizer.encode_batch(texts)) if found else fast(texts)
 
     return encode

@@ -6,6 +6,7 @@ and duplicates found whatever the tokenizer, and its UTF-8 length.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -76,6 +77,7 @@ class _Task:
     source: Path
     out: Path
     options: TokenizeOptions
+    fingerprint: str
 
 
 def tokenize(
@@ -104,7 +106,7 @@ def tokenize(
     with job_folder(out, TokenizePlan(source=_fingerprint(documents), tokenizer=record)):
         if (out / MANIFEST).is_file():
             return TokensManifest.load(out / MANIFEST)
-        tasks = [_Task(shard, source, out, options) for shard in documents.shards]
+        tasks = [_Task(shard, source, out, options, record.fingerprint) for shard in documents.shards]
         missing = [task for task in tasks if not _record_path(task).is_file()]
         if len(missing) < len(tasks):
             _log.info("%d of %d shards are tokenized already", len(tasks) - len(missing), len(tasks))
@@ -160,13 +162,22 @@ def _run(task: _Task) -> None:
     """Tokenizes one shard; its record, written last, is what makes it count."""
     text = task.source / task.shard.name
     check_files(task.source, {text: task.shard.file}, "quick")
-    tokenizer = open_tokenizer(task.options.tokenizer, eos=task.options.eos, bos=task.options.bos)
+    tokenizer = _opened(task.options.tokenizer, task.options.eos, task.options.bos, task.fingerprint)
     prefix = task.out / _name(task)
     shard = write_shard(prefix, read_batches(text), tokenizer, task.options)
     record = shard.model_copy(update={"name": _name(task), "domain": task.shard.domain})
     if record.documents != task.shard.documents:
         raise DataError(f"{text} holds {record.documents} documents.", expected=task.shard.documents)
     record.save(_record_path(task))
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(path: str, eos: str | None, bos: str | None, fingerprint: str) -> Tokenizer:
+    """Opens the tokenizer once a process; it must be the one the job began with."""
+    tokenizer = open_tokenizer(path, eos=eos, bos=bos)
+    if tokenizer.fingerprint != fingerprint:
+        raise DataError(f"The tokenizer {path} was changed while it was used.", fix="Run again into another folder.")
+    return tokenizer
 
 
 def read_batches(path: Path) -> Iterator[list[str]]:
