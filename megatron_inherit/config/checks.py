@@ -118,6 +118,8 @@ def check_kept(config: RunConfig) -> None:
 
 def check_untie(config: RunConfig) -> None:
     """Each split of stages has one reason, and a loss where it waits for one."""
+    if config.sharing.untie and config.sharing.keep_zeros:
+        raise ConfigError("sharing.keep_zeros: zeros are not kept over sharing.untie.", fix="Leave one of them out.")
     for rule in config.sharing.untie:
         if (rule.step is None) == (rule.patience is None):
             raise ConfigError(

@@ -5,49 +5,23 @@ Names carry their units. A section is read by the part it configures and by nobo
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from megatron_inherit.base.errors import UsageError
-from megatron_inherit.base.quantities import parse_count
-
-LARGEST = 10**15
-
-
-def _no_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("a number is needed, not true or false")
-    return value
-
-
-def _count(value: Any) -> Any:
-    if not isinstance(value, str):
-        return _no_bool(value)
-    try:
-        return parse_count(value)
-    except UsageError as error:
-        raise ValueError(str(error)) from error
-
-
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-Text = Annotated[str, StringConstraints(min_length=1, max_length=4096, pattern=r"^[^\x00-\x1f]+$")]
-Count = Annotated[int, BeforeValidator(_count), Field(ge=0, le=LARGEST)]
-Positive = Annotated[int, BeforeValidator(_count), Field(ge=1, le=LARGEST)]
-Real = Annotated[float, BeforeValidator(_no_bool), Field(ge=0)]
-Rate = Annotated[float, BeforeValidator(_no_bool), Field(gt=0)]
-Part = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=1)]
-Share = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, lt=1)]
-Logger = Literal["tensorboard", "wandb", "trackio", "mlflow"]
-
-
-class Section(BaseModel):
-    """What all sections share."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+from megatron_inherit.config.section import (
+    Count,
+    Logger,
+    Positive,
+    Rate,
+    Real,
+    Section,
+    Share,
+    Text,
+    listed,
+    no_bool,
+)
+from megatron_inherit.config.sharing import DistillSection, SharingSection
 
 
 class RunSection(Section):
@@ -209,7 +183,7 @@ class DeepSpeedSection(Section):
         offload: What is kept in host memory.
     """
 
-    zero_stage: Annotated[int, BeforeValidator(_no_bool), Field(ge=0, le=3)] = 1
+    zero_stage: Annotated[int, BeforeValidator(no_bool), Field(ge=0, le=3)] = 1
     offload: Literal["none", "optimizer", "all"] = "none"
 
 
@@ -272,7 +246,7 @@ class LoggingSection(Section):
     """
 
     every_steps: Positive = 10
-    loggers: Annotated[tuple[Logger, ...], BeforeValidator(_listed)] = ()
+    loggers: Annotated[tuple[Logger, ...], BeforeValidator(listed)] = ()
     project: Text = "megatron_inherit"
     flops_formula: Literal["palm", "causal"] = "palm"
     peak_tflops: Rate | None = None
@@ -297,69 +271,10 @@ class GuardSection(Section):
     weight_hash_every_steps: Positive = 1000
     straggler_every_steps: Positive = 20
     straggler_score: Share = 0.7
-    spike_window: Annotated[int, BeforeValidator(_no_bool), Field(ge=8, le=100_000)] = 128
+    spike_window: Annotated[int, BeforeValidator(no_bool), Field(ge=8, le=100_000)] = 128
     spike_sigma: Rate = 6.0
     spike_patience: Positive = 4
     max_rollbacks: Count = 2
-
-
-class UntieStep(Section):
-    """When shared stages are split; a step, or a patience.
-
-    Attributes:
-        plan: The finer stage plan.
-        step: After so many steps.
-        patience: After so many evaluations in a row without a better validation loss.
-        improvement: Nats by which a loss must be lower to be better.
-    """
-
-    plan: Text
-    step: Positive | None = None
-    patience: Positive | None = None
-    improvement: Real = 0.0
-
-
-class SharingSection(Section):
-    """Layers that apply the same weights (SWS); a learngene as ``model.path`` brings its own plan.
-
-    Attributes:
-        plan: Stage plan, for instance ``3,3,4,3,3``; default that of the model.
-        allow_cross_rank: A stage may lie on several pipeline ranks, at the price of an all-reduce a step.
-        gradient: ``sum`` is what a weight used k times gets; ``mean`` divides by k before clipping.
-        guard_every_steps: Steps between comparisons of the copies of a stage on several ranks.
-        untie: Splits of the stages while the run goes on, coarse to fine.
-    """
-
-    plan: Text | None = None
-    allow_cross_rank: bool = False
-    gradient: Literal["sum", "mean"] = "sum"
-    guard_every_steps: Positive = 100
-    untie: tuple[UntieStep, ...] = ()
-
-
-class DistillSection(Section):
-    """A teacher to learn from; without one the next token is learnt.
-
-    Attributes:
-        teacher: Folder of any checkpoint format.
-        cache: Its targets made by ``minherit share cache``, instead of running it.
-        alpha: Share of the divergence, the rest is cross-entropy; 1 is the SWS paper's.
-        alpha_end, alpha_steps: Share to which alpha moves in a straight line, and in how many steps.
-        temperature: Softens both distributions.
-        kind: ``forward`` KL(teacher, student), ``reverse`` or ``jsd``.
-        hidden_weight: Of the distance of hidden states at the ends of the stages.
-        hidden_kind: That distance.
-    """
-
-    teacher: Text | None = None
-    cache: Text | None = None
-    alpha: Part = 1.0
-    alpha_end: Part | None = None
-    alpha_steps: Count = 0
-    temperature: Rate = 1.0
-    kind: Literal["forward", "reverse", "jsd"] = "forward"
-    hidden_weight: Real = 0.0
-    hidden_kind: Literal["mse", "cosine"] = "mse"
 
 
 class RunConfig(Section):

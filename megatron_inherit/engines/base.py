@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from megatron_inherit.distill.options import Distill
     from megatron_inherit.model.load import Reader
     from megatron_inherit.sharing.options import Sharing
+    from megatron_inherit.sharing.regularise import SoftTie
 
 
 EngineKind = Literal["deepspeed", "megatron"]
@@ -44,6 +45,8 @@ class EngineOptions:
         deterministic: The same bits in every run, at some cost on a GPU.
         timeout_s: Seconds after which a collective that hangs raises.
         sharing: Which layers apply the same weights, or None; then a pipeline is cut between them.
+        soft_tie: Pulls layers that belong together towards their mean, or None.
+        keep_zeros: Weights of the blocks' matrices that are zero at the start stay so (a pruned learngene's mask).
     """
 
     tp: int = 1
@@ -68,6 +71,8 @@ class EngineOptions:
     deterministic: bool = False
     timeout_s: float = 600.0
     sharing: Sharing | None = None
+    soft_tie: SoftTie | None = None
+    keep_zeros: bool = False
 
     def data_size(self, world_size: int) -> int:
         """Gives the number of model replicas among ``world_size`` processes."""

@@ -23,6 +23,8 @@ def check_options(kind: EngineKind, options: EngineOptions, config: ModelConfig,
         _check_pipeline(options, config)
     else:
         _check_stages(options, options.sharing, config)
+    if options.soft_tie is not None:
+        require_cover(options.soft_tie.plan, config)
     if kind == "deepspeed":
         _check_deepspeed(options)
     else:
@@ -136,6 +138,8 @@ def _check_stages(options: EngineOptions, sharing: Sharing, config: ModelConfig)
 
 
 def _check_deepspeed(options: EngineOptions) -> None:
+    if options.soft_tie is not None or options.keep_zeros:
+        raise ConfigError("soft_tie and keep_zeros are of the megatron engine.", fix="Take engine=megatron.")
     if options.zero_stage not in (0, 1, 2, 3):
         raise ConfigError("zero_stage must be 0, 1, 2 or 3.", got=options.zero_stage)
     if options.pp > 1:

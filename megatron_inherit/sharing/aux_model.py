@@ -112,4 +112,3 @@ _KEPT = ("sequence_parallel", "tensor_model_parallel", "partition_dim", "partiti
 def count_unique(chunks: Sequence[LanguageModel]) -> int:
     """Counts the parameters of this rank, shared ones once."""
     return sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
-

@@ -14,6 +14,7 @@ from megatron_inherit.checkpoint.stages import KEY
 from megatron_inherit.checkpoint.stream import Source
 from megatron_inherit.sharing.learngene import plan_of
 from megatron_inherit.sharing.options import Sharing
+from megatron_inherit.sharing.regularise import SoftTie
 from megatron_inherit.sharing.stage_plan import StagePlan, parse_plan, require_cover
 
 if TYPE_CHECKING:
@@ -44,6 +45,15 @@ def sharing_of(config: RunConfig, model: ModelConfig, source: Source | None) -> 
         gradient=section.gradient,
         guard_every_steps=section.guard_every_steps,
     )
+
+
+def soft_tie_of(config: RunConfig) -> SoftTie | None:
+    """Gives the pull between layers that a recipe asks for."""
+    section = config.sharing.soft_tie
+    if section is None:
+        return None
+    plan = parse_plan(section.plan)
+    return SoftTie(plan=plan, weight=section.weight, kind=section.kind, fade_steps=section.fade_steps)
 
 
 def _require_split(fine: StagePlan, coarse: StagePlan) -> None:

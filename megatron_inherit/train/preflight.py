@@ -21,7 +21,7 @@ from megatron_inherit.engines.base import EngineOptions
 from megatron_inherit.engines.check import check_batch, check_options
 from megatron_inherit.sharing.options import Sharing
 from megatron_inherit.sharing.tensors import count_shared
-from megatron_inherit.train.objectives import sharing_of, stored_config, teacher_of
+from megatron_inherit.train.objectives import sharing_of, soft_tie_of, stored_config, teacher_of
 from megatron_inherit.train.schedule import BatchPlan, Schedule, batch_plan, schedule_of, total_steps
 
 
@@ -160,6 +160,8 @@ def engine_options(config: RunConfig, sharing: Sharing | None = None) -> EngineO
         deterministic=train.deterministic,
         timeout_s=parallel.timeout_seconds,
         sharing=sharing,
+        soft_tie=soft_tie_of(config),
+        keep_zeros=config.sharing.keep_zeros,
     )
 
 

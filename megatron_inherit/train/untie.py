@@ -21,7 +21,7 @@ from megatron_inherit.train.session import Session
 from megatron_inherit.train.state import RunState
 
 if TYPE_CHECKING:
-    from megatron_inherit.config.schema import UntieStep
+    from megatron_inherit.config.sharing import UntieStep
 
 logger = get_logger(__name__)
 

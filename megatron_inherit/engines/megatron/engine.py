@@ -30,6 +30,7 @@ from megatron_inherit.model.load import Reader, load_chunk
 from megatron_inherit.sharing.aux_model import share_stages
 from megatron_inherit.sharing.options import Sharing
 from megatron_inherit.sharing.pipeline import check_hook_counts, tie_stages
+from megatron_inherit.sharing.regularise import keep_zeros, soft_tie
 from megatron_inherit.sharing.stage_plan import unshared
 from megatron_inherit.sharing.tensors import by_first_layer
 
@@ -63,6 +64,8 @@ class MegatronEngine:
         shared = share_stages(self.chunks, options.sharing.plan) if options.sharing else {}
         for chunk in self.chunks:
             load_chunk(chunk, read)
+        self.edits = [keep_zeros(self.chunks)] if options.keep_zeros else []
+        self.edits += [soft_tie(self.chunks, options.soft_tie)] if options.soft_tie is not None else []
         self.ties = tie_stages(options.sharing, shared, self.groups.pp, options.vpp)
         self.objective = None if distill is None else self._objective(distill)
         with cuda_means_cpu():
@@ -95,6 +98,8 @@ class MegatronEngine:
             finalize_model_grads(model, None, **more)
             if self.ties is not None:
                 self.ties.reduce_gradients()
+            for edit in self.edits:
+                edit(self.stepper.updates)
 
         config.finalize_model_grads_func = finish
         if self.options.overlap_grad_reduce:

@@ -1,0 +1,170 @@
+"""SWS from the command line: init, train towards a teacher, split, resume, cache, extract, expand, family."""
+
+import json
+
+import numpy as np
+import pytest
+
+from megatron_inherit.checkpoint.detect import open_source
+from megatron_inherit.cli.main import main
+from megatron_inherit.data.windows import EvalWindows
+from megatron_inherit.inherit.inheritune import plan_fresh
+from megatron_inherit.plan.execute import execute
+from megatron_inherit.sharing.learngene import plan_of
+from tests.support.sharing_world import tiny
+from tests.support.text_data import random_documents, write_tokens
+
+pytestmark = pytest.mark.slow
+
+RECIPE = """
+run: {{name: aux, output: {out}, seed: 1}}
+model: {{path: {gene}, init: weights}}
+data: {{path: {data}, split: all, epochs: 0}}
+train: {{steps: 6, global_batch: 4, micro_batch: 2, sequence_length: 16, dtype: fp32}}
+optimizer: {{lr: 1.0e-2}}
+schedule: {{kind: constant}}
+engine: megatron
+distill: {{teacher: {teacher}}}
+checkpoint: {{every_steps: 100, keep_last: 9, asynchronous: false}}
+eval: {{windows: {windows}, every_steps: 2}}
+"""
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sws")
+    write_tokens(folder / "tokens", random_documents(200, vocab_size=128), vocab_size=128)
+    ids = np.random.default_rng(0).integers(0, 128, (8, 17))
+    EvalWindows(ids, 8 * 16).save(folder / "windows.safetensors")
+    execute(plan_fresh(tiny(6), seed=2, std=0.3), folder / "teacher")
+    assert main(["share", "init", str(folder / "teacher"), str(folder / "gene"), "--plan", "4,4"]) == 0
+    return folder
+
+
+def recipe(work, name, **changes):
+    path = work / f"{name}.yaml"
+    values = {
+        "out": work / name,
+        "gene": work / "gene",
+        "data": work / "tokens",
+        "teacher": work / "teacher",
+        "windows": work / "windows.safetensors",
+    }
+    path.write_text(RECIPE.format(**(values | changes)))
+    return str(path)
+
+
+def rows(work, name, kind="train"):
+    lines = (work / name / "metrics.jsonl").read_text().splitlines()
+    return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def losses(work, name):
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows(work, name)]
+
+
+UNTIE = ["sharing.untie=[{plan: '2,2,2,2', step: 2}, {plan: 'unshared:8', patience: 1}]"]
+
+
+@pytest.fixture(scope="module")
+def trained(work):
+    assert main(["train", recipe(work, "plain")]) == 0
+    return work / "plain"
+
+
+def test_a_split_run_resumes_exactly(work, trained):
+    assert main(["train", recipe(work, "split"), *UNTIE]) == 0
+    assert next(row["step"] for row in rows(work, "split", "untie")) == 2
+    assert losses(work, "split")[:3] == [
+        (step, pytest.approx(loss, abs=1e-6), norm) for step, loss, norm in losses(work, "plain")[:2]
+    ] + [(3, pytest.approx(losses(work, "plain")[2][1], abs=1e-6), losses(work, "split")[2][2])]
+    assert losses(work, "split")[5][1] != losses(work, "plain")[5][1]
+    for stop in (1, 2):
+        assert main(["train", recipe(work, "parts"), *UNTIE, f"train.stop_after={stop}"]) == 75
+    assert main(["train", recipe(work, "parts"), *UNTIE]) == 0
+    assert losses(work, "parts") == losses(work, "split")
+    with open_source(work / "split" / "checkpoints" / "step_00000006") as source:
+        assert plan_of(source).num_stages in (4, 8)
+
+
+def test_another_plan_does_not_go_on(work, trained, capsys):
+    assert main(["train", recipe(work, "plain"), "sharing.plan=8", "train.steps=8"]) == 5
+    assert "another stage plan" in capsys.readouterr().err
+
+
+def test_a_learngene_comes_out_and_grows(work, trained, capsys):
+    gene = work / "trained-gene"
+    assert main(["share", "extract", str(trained), str(gene)]) == 0
+    names = (work / "trained-gene" / "learngene.safetensors").read_bytes()[:6000]
+    assert b"sws.stages.1.attn.q.weight" in names
+    assert b"layers." not in names
+    capsys.readouterr()
+    windows = str(work / "windows.safetensors")
+    assert (
+        main(["share", "expand", str(gene), str(work / "six"), "--depth", "5", "--place", "auto", "--windows", windows])
+        == 0
+    )
+    assert "nats" in capsys.readouterr().out
+    with open_source(work / "six") as made, open_source(gene) as source:
+        assert made.format == "hf"
+        assert made.config == source.config.with_layers(5)
+    assert main(["share", "family", str(gene), str(work / "family"), "--depths", "2,4,8", "--windows", windows]) == 0
+    found = json.loads((work / "family" / "family.json").read_text())
+    assert [row["depth"] for row in found["members"]] == [2, 4, 8]
+    assert found["members"][2]["loss"] == pytest.approx(rows(work, "plain", "eval")[-1]["loss"], abs=1e-5)
+    assert "parameters stored separately" in found["saving"]
+
+
+def test_cached_targets_teach_as_the_teacher_does(work, trained, capsys):
+    cached = recipe(work, "cached")
+    assert main(["share", "cache", cached, str(work / "cache"), "--entries", "128", "--shard-samples", "7"]) == 0
+    assert main(["train", cached, f"distill.cache={work / 'cache'}"]) == 0
+    for (_, loss, norm), (_, other, wanted) in zip(losses(work, "cached"), losses(work, "plain"), strict=True):
+        assert loss == pytest.approx(other, abs=2e-3)
+        assert norm == pytest.approx(wanted, rel=2e-2)
+    capsys.readouterr()
+    for change, word in (
+        ("distill.temperature=2.0", "temperature"),
+        ("run.seed=9", "data"),
+        (f"distill.teacher={work / 'gene'}", "teacher"),
+    ):
+        assert main(["train", recipe(work, "other"), f"distill.cache={work / 'cache'}", change]) == 4
+        assert f"belong to another {word}" in capsys.readouterr().err
+    assert main(["train", recipe(work, "other"), f"distill.cache={work / 'cache'}", "train.steps=9"]) == 4
+    assert "end at sample" in capsys.readouterr().err
+
+
+def descendant(work, name, gene, *options):
+    assert main(["share", "expand", str(gene), str(work / name), "--depth", "4", "--place", "even", *options]) == 0
+    return work / name
+
+
+def matrices(folder, inside):
+    latest = (folder / "checkpoints" / "latest").read_text().strip()
+    with open_source(folder / "checkpoints" / latest) as source:
+        return [source.read(f"layers.{layer}.{inside}").array() for layer in range(source.config.num_layers)]
+
+
+def test_descendants_keep_a_pruned_learngenes_zeros(work, trained):
+    assert main(["share", "extract", str(trained), str(work / "sparse-gene"), "--compress", "2:4"]) == 0
+    start = descendant(work, "sparse-start", work / "sparse-gene")
+    run = ["train", recipe(work, "sparse", gene=start), "distill.teacher=null", "sharing.keep_zeros=true"]
+    assert main(run) == 0
+    assert main(["train", recipe(work, "dense", gene=start), "distill.teacher=null"]) == 0
+    for kept, grown in zip(
+        matrices(work / "sparse", "mlp.up.weight"), matrices(work / "dense", "mlp.up.weight"), strict=True
+    ):
+        assert (kept == 0).mean() == pytest.approx(0.5, abs=0.01)
+        assert (grown == 0).mean() < 0.01
+
+
+def test_a_pull_keeps_the_layers_of_a_stage_together(work, trained):
+    start = descendant(work, "tied-start", trained)
+    spread = {}
+    for weight in ("0.0001", "3.0"):
+        name = f"pulled-{weight}"
+        pull = f"sharing.soft_tie={{plan: '2,2', weight: {weight}}}"
+        assert main(["train", recipe(work, name, gene=start), "distill.teacher=null", pull]) == 0
+        first, second, *_ = matrices(work / name, "mlp.up.weight")
+        spread[weight] = np.abs(first - second).mean()
+    assert spread["3.0"] < 0.5 * spread["0.0001"]
