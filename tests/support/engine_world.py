@@ -44,9 +44,12 @@ MODELS = {
 
 
 def global_batch(step: int, *, masked: bool = True) -> Batch:
-    """Gives the global batch of a step: random tokens, a few of them not counted."""
+    """Gives the global batch of a step: tokens that mostly follow a rule, a few of them not counted."""
     random = np.random.default_rng(step)
-    tokens = random.integers(0, VOCAB, (GLOBAL_BATCH, SEQUENCE + 1))
+    tokens = random.integers(0, VOCAB // 8, (GLOBAL_BATCH, SEQUENCE + 1))
+    for at in range(1, SEQUENCE + 1):
+        follow = random.random(GLOBAL_BATCH) < 0.8
+        tokens[follow, at] = (3 * tokens[follow, at - 1] + 5) % VOCAB
     mask = random.random((GLOBAL_BATCH, SEQUENCE)) > (0.1 if masked else -1.0)
     ids = np.arange(step * GLOBAL_BATCH, (step + 1) * GLOBAL_BATCH)
     return Batch(tokens=tokens[:, :-1], labels=tokens[:, 1:], loss_mask=mask, sample_ids=ids)

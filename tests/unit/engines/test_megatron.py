@@ -1,0 +1,124 @@
+"""The Megatron engine at one process: the golden losses, exact restore, skipped steps, dtypes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_inherit.engines.base import EngineOptions
+from megatron_inherit.engines.create import create_engine
+from tests.support.engine_acts import read_from, save_to
+from tests.support.engine_world import GLOBAL_BATCH, MODELS, learning_rate, replica_batches
+from tests.support.plain_loop import golden
+
+
+def _engine(model: str = "llama", **options):
+    return create_engine("megatron", EngineOptions(**{"micro_batch": 4, **options}), MODELS[model], seed=3)
+
+
+def _train(engine, first: int, steps: int, *, micro: int = 4):
+    place = {"data_rank": 0, "data_size": 1, "micro_batch": micro}
+    return [
+        engine.train_step(replica_batches(step, **place), lr=learning_rate(step))
+        for step in range(first, first + steps)
+    ]
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+def test_first_steps_are_golden(model):
+    for result, (loss, norm) in zip(_train(_engine(model), 0, 3), golden(model), strict=False):
+        assert result.loss == pytest.approx(loss, abs=1e-5)
+        assert result.grad_norm == pytest.approx(norm, abs=1e-4)
+        assert not result.skipped
+
+
+def test_accumulation_does_not_change_the_step():
+    one, many = _train(_engine(), 0, 3, micro=GLOBAL_BATCH), _train(_engine(), 0, 3, micro=1)
+    for a, b in zip(one, many, strict=True):
+        assert a.loss == pytest.approx(b.loss, abs=2e-6)
+        assert a.tokens == b.tokens
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recompute_changes_no_bit(recompute):
+    plain, again = _engine(), _engine(recompute=recompute)
+    assert _train(plain, 0, 2) == _train(again, 0, 2)
+    assert plain.weight_hash() == again.weight_hash()
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": "bf16"}, {"dtype": "bf16", "distributed_optimizer": True}])
+def test_restored_run_is_bitwise_the_uninterrupted_one(options, tmp_path):
+    engine = _engine(**options)
+    _train(engine, 0, 2)
+    save_to(tmp_path, engine)
+    expected = _train(engine, 2, 2)
+    other = _engine(**options)
+    _train(other, 7, 1)
+    other.restore(read_from(tmp_path), step_count=2)
+    assert other.step_count() == 2
+    assert _train(other, 2, 2) == expected
+    assert other.weight_hash() == engine.weight_hash()
+
+
+def test_parts_before_the_first_step_are_weights_only(tmp_path):
+    engine = _engine()
+    assert {part.kind for part in engine.parts()} == {"weight"}
+    save_to(tmp_path, engine)
+    other = _engine()
+    _train(other, 0, 1)
+    other.restore(read_from(tmp_path), step_count=0)
+    assert _train(other, 0, 2) == _train(engine, 0, 2)
+
+
+def test_bf16_keeps_masters_and_learns():
+    engine = _engine(dtype="bf16")
+    losses = [result.loss for result in _train(engine, 0, 12)]
+    assert losses[-1] < losses[0] - 0.5
+    kinds = {part.kind: part.tensor.dtype for part in engine.parts()}
+    assert kinds == {
+        "weight": torch.bfloat16,
+        "fp32": torch.float32,
+        "exp_avg": torch.float32,
+        "exp_avg_sq": torch.float32,
+    }
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    engine = _engine()
+    _train(engine, 0, 1)
+    before = {(p.name, p.kind, p.start): p.tensor.clone() for p in engine.parts()}
+    norm = engine.chunks[0].decoder.final_layernorm
+
+    def spoil(_module, _inputs, output):
+        handle.remove()
+        output.register_hook(lambda gradient: gradient * torch.nan)
+
+    handle = norm.register_forward_hook(spoil)
+    (result,) = _train(engine, 1, 1)
+    assert result.skipped
+    assert engine.step_count() == 1
+    for part in engine.parts():
+        assert torch.equal(part.tensor, before[part.name, part.kind, part.start])
+    assert not _train(engine, 1, 1)[0].skipped
+
+
+def test_only_matrices_of_blocks_and_the_head_decay():
+    engine = _engine(weight_decay=0.5)
+    groups = {group["weight_decay"]: group["params"] for group in engine.stepper.adam.param_groups}
+    names = {id(p): name for name, p in engine.chunks[0].named_parameters()}
+    decayed = {names[id(p)].rsplit(".", 2)[-2] for p in groups[0.5]}
+    assert decayed == {"linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "output_layer"}
+    assert len(groups[0.0]) + len(groups[0.5]) == len(names)
+
+
+def test_logits_and_losses_agree():
+    engine = _engine()
+    batch = replica_batches(0, data_rank=0, data_size=1, micro_batch=3)[0]
+    sums, counts = engine.sequence_losses(batch)
+    logits = engine.logits(torch.from_numpy(batch.tokens))
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), torch.from_numpy(batch.labels).flatten(), reduction="none"
+    ).view(3, -1)
+    mask = torch.from_numpy(batch.loss_mask)
+    assert sums == pytest.approx((losses * mask).sum(1).tolist(), abs=1e-4)
+    assert counts == mask.sum(1).tolist()
