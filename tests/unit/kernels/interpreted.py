@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from megatron_inherit.kernels import head
 from tests.support import triton_interpreter  # noqa: F401  (repairs bfloat16)
 from tests.support.kernel_proof import errors, spread, tensor, transposed
+from tests.support.vocabulary_shards import compare
 from tests.unit.kernels.tolerances import check
 
 from megatron_inherit.kernels.activation import kernel as activation  # isort: skip
@@ -413,3 +414,8 @@ def test_fifty_steps_of_training_have_the_losses_of_the_references():
     truth = train((norm_truth, rope_truth, activation_truth), lce_truth, 50)
     assert truth[-1] < truth[0] / 2
     torch.testing.assert_close(ours, truth, rtol=2e-4, atol=2e-4)
+
+
+def test_two_shards_of_the_vocabulary_equal_the_whole(tmp_path):
+    torch.set_num_threads(1)
+    assert compare(lce, kl, [(130, 160), (70, 160)], tmp_path) < 1e-5
