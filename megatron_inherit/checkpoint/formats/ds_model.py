@@ -7,6 +7,7 @@ from the ``args`` that Megatron-DeepSpeed puts into the model states; the names 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,8 @@ def find_rows(names: Iterable[str], config: ModelConfig, *, where: str) -> tuple
 
 def tied_names(config: ModelConfig) -> tuple[str, ...]:
     """Gives regular expressions of a tied head's names, which stand for no tensor of their own."""
-    return (
-        (r".*lm_head\.weight", r".*output_layer\.weight", r".*word_embeddings_for_head\.weight") if config.tied else ()
-    )
+    if not config.tied:
+        return ()
+    heads = {row.physical for row in ROWS[config.family] if row.parts == ("head.weight",)}
+    heads |= {names.head for names in DIALECTS.values()} | {names.tied_head for names in DIALECTS.values()}
+    return tuple(f"(.*\\.)?{re.escape(head)}" for head in sorted(heads))

@@ -161,13 +161,14 @@ def bind(config: ModelConfig, extents: Mapping[str, Extent], where: str) -> dict
         CheckpointError: A tensor is missing, unknown, of the wrong shape, or of a type no weight has.
     """
     prefix = _PREFIX.get(config.family, "model.")
+    head = next(row.physical for row in ROWS[config.family] if row.parts == ("head.weight",))
     if extents and not any(name.startswith(prefix) for name in extents):
-        extents = {name if name == "lm_head.weight" else prefix + name: extent for name, extent in extents.items()}
+        extents = {name if name == head else prefix + name: extent for name, extent in extents.items()}
     wanted = list(physical_tensors(ROWS[config.family], config))
-    ignored = (*_IGNORED, r"lm_head\.weight") if config.tied else _IGNORED
-    if not config.tied and "lm_head.weight" not in extents and extents:
+    ignored = (*_IGNORED, re.escape(head)) if config.tied else _IGNORED
+    if not config.tied and head not in extents and extents:
         raise CheckpointError(
-            f"{where}: lm_head.weight is missing.",
+            f"{where}: {head} is missing.",
             fix="If the head is the embedding, set tie_word_embeddings to true in config.json.",
         )
     check_names(extents, (tensor.name for tensor in wanted), where=where, ignored=ignored, config=config)
