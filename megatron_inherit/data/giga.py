@@ -18,7 +18,7 @@ from megatron_inherit.base.log import get_logger
 from megatron_inherit.base.optional import require
 from megatron_inherit.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, flatten
 
-_SAMPLE_DOCUMENTS, _SAMPLE_CHARACTERS = 64, 2000
+_SAMPLE_DOCUMENTS, _SAMPLE_CHARACTERS = 32, 1000
 _log = get_logger(__name__)
 
 Encoder = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]

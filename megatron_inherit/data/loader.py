@@ -174,25 +174,32 @@ class Loader:
         """Counts the tokens of each domain in samples ``[start, stop)``, computed from the order, not from a log."""
         size = self.samples_per_epoch
         first, last = -(-start // size), stop // size
-        if first > last:
-            totals = self._drawn(start, stop, shuffled=True)
+        if first >= last:
+            totals = self._drawn(start, stop)
         else:
-            totals = self._drawn(start, first * size, shuffled=True) + self._drawn(last * size, stop, shuffled=True)
-            totals += (last - first) * (self._drawn(0, size, shuffled=False) if last > first else 0)
+            totals = self._drawn(start, first * size) + self._drawn(last * size, stop)
+            totals += (last - first) * self._drawn_in_epoch()
         names = dict.fromkeys((domain.name for domain in self.stream.domains), 0)
         for domain, total in zip(self.stream.domains, totals.tolist(), strict=True):
             names[domain.name] += total
         return names
 
-    def _drawn(self, start: int, stop: int, *, shuffled: bool) -> np.ndarray:
+    def _drawn(self, start: int, stop: int) -> np.ndarray:
         totals = np.zeros(len(self.stream.domains), np.int64)
         for begin in range(start, stop, _COUNT_CHUNK):
-            ids = np.arange(begin, min(stop, begin + _COUNT_CHUNK))
-            first, length = self._cutter.ranges(self.windows(ids) if shuffled else ids)
-            for number, domain in enumerate(self.stream.domains):
-                inside = np.minimum(first + length - 1, domain.stop) - np.maximum(first, domain.start)
-                totals[number] += np.maximum(inside, 0).sum()
+            first, length = self._cutter.ranges(self.windows(np.arange(begin, min(stop, begin + _COUNT_CHUNK))))
+            totals += self._overlap(first, first + length - 1)
         return totals
+
+    def _drawn_in_epoch(self) -> np.ndarray:
+        if self.options.boundary == "none":
+            return self._drawn(0, self.samples_per_epoch)
+        return self._overlap(np.zeros(1, np.int64), np.array([self.samples_per_epoch * self.sequence_length]))
+
+    def _overlap(self, first: np.ndarray, last: np.ndarray) -> np.ndarray:
+        """Counts the stream positions of ranges ``[first, last)`` in each domain."""
+        inside = [np.minimum(last, domain.stop) - np.maximum(first, domain.start) for domain in self.stream.domains]
+        return np.array([np.maximum(part, 0).sum() for part in inside], np.int64)
 
     def _check_ids(self, window: np.ndarray, pieces: Pieces) -> None:
         limit = self.options.vocab_size
