@@ -1,0 +1,58 @@
+"""Folders from before safetensors, as transformers and torch saved them, read without unpickling."""
+
+import json
+
+import pytest
+import torch
+
+from megatron_inherit.base.errors import CheckpointError
+from megatron_inherit.checkpoint.detect import open_source
+from megatron_inherit.checkpoint.formats import hf
+from megatron_inherit.checkpoint.layout import physical_tensors
+from tests.support.checkpoints import FAMILIES, assert_equal, random_arrays, read_arrays, write_checkpoint
+
+
+def state_dict(config, folder):
+    """Gives the tensors of a written folder under their Hugging Face names."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(folder / "model.safetensors")
+    assert len(tensors) == len(list(physical_tensors(hf.ROWS[config.family], config)))
+    return tensors
+
+
+@pytest.mark.parametrize("form", ["single", "sharded", "stream", "no prefix"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bin_folders_read_as_their_safetensors(tmp_path, family, form):
+    config = FAMILIES[family]
+    arrays = random_arrays(config, dtype="BF16")
+    write_checkpoint(tmp_path, config, arrays, "hf", dtype="BF16")
+    tensors = state_dict(config, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    if config.tied:
+        tensors["lm_head.weight"] = next(iter(tensors.values()))  # one storage under two names, as torch saves it
+    if form == "no prefix":
+        tensors = {name.removeprefix("transformer.").removeprefix("model."): value for name, value in tensors.items()}
+    if form == "sharded":
+        names = list(tensors)
+        parts = {"pytorch_model-00001-of-00002.bin": names[::2], "pytorch_model-00002-of-00002.bin": names[1::2]}
+        for file, chosen in parts.items():
+            torch.save({name: tensors[name] for name in chosen}, tmp_path / file)
+        index = {"metadata": {}, "weight_map": {name: file for file, chosen in parts.items() for name in chosen}}
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    else:
+        torch.save(tensors, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=form != "stream")
+    with open_source(tmp_path) as source:
+        assert source.format == "hf"
+        assert source.config == config
+        assert_equal(read_arrays(source), arrays)
+
+
+def test_what_is_no_dictionary_of_tensors_is_refused(tmp_path):
+    config = FAMILIES["llama"]
+    write_checkpoint(tmp_path, config, random_arrays(config), "hf")
+    (tmp_path / "model.safetensors").unlink()
+    for value, word in (([torch.ones(2)], "dictionary"), ({"epoch": 3}, "epoch is not a tensor")):
+        torch.save(value, tmp_path / "pytorch_model.bin")
+        with pytest.raises(CheckpointError, match=word):
+            open_source(tmp_path)
