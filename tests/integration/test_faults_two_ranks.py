@@ -5,6 +5,7 @@ import json
 import pytest
 
 from tests.support import forked_world, tiny_run
+from tests.support.sabotage import poison, sabotage
 from tests.support.tiny_run import curve, recipe, rows, saved_hashes, status
 
 pytestmark = pytest.mark.slow
@@ -127,48 +128,6 @@ def test_a_slow_rank_is_reported_and_the_loss_is_the_same(tmp_path, corpus, refe
     assert min(row["score"] for row in reports) < 0.7
     assert curve(tmp_path / "run") == curve(reference)
     assert not rows(reference, "straggler")
-
-
-def sabotage(change):
-    """Gives what makes the engine of a rank misbehave: ``change(engine, rank)`` is called before every step."""
-
-    def before():
-        import os
-
-        from megatron_inherit.engines import create
-
-        make = create.create_engine
-
-        def create_engine(*words, **more):
-            engine = make(*words, **more)
-            step = engine.train_step
-
-            def train_step(micro_batches, *, lr):
-                change(engine, int(os.environ["RANK"]), micro_batches)
-                return step(micro_batches, lr=lr)
-
-            engine.train_step = train_step
-            return engine
-
-        create.create_engine = create_engine
-
-    return before
-
-
-def poison(wanted):
-    """Plants NaN into a gradient of rank 1 whenever ``wanted(first sample id)`` holds."""
-    state = {"on": False, "hooked": False}
-
-    def change(engine, rank, micro_batches):
-        if rank != 1:
-            return
-        if not state["hooked"]:
-            state["hooked"] = True
-            parameter = next(engine.chunks[0].parameters())
-            parameter.register_hook(lambda gradient: gradient * float("nan") if state["on"] else gradient)
-        state["on"] = wanted(int(micro_batches[0].sample_ids[0]))
-
-    return change
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_on_both(tmp_path, corpus, reference):

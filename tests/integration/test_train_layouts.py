@@ -1,10 +1,12 @@
 """One recipe on both engines and several layouts: the same curve, exact resume, and a relay across all of them."""
 
+import json
 import os
 
 import pytest
 
 from tests.support import forked_world, tiny_run
+from tests.support.sabotage import poison, sabotage
 from tests.support.tiny_run import curve, recipe, rows, saved_hashes
 
 pytestmark = pytest.mark.slow
@@ -69,3 +71,16 @@ def test_a_relay_over_engines_and_layouts_is_the_run_of_one_process(tmp_path, co
         ended = forked_world.run(tmp_path, ["train", path, *words, stop], size=size)
         assert ended.codes == [0 if "null" in stop else 75] * size, ended.text
     equal(tmp_path / "run", reference)
+
+
+def test_zero_skips_a_gradient_that_is_not_finite_on_both_ranks(tmp_path, corpus, reference):
+    size, words = LAYOUTS["zero1"]
+    bad = sabotage(poison(lambda first: first // 8 == 6))
+    ended = forked_world.run(tmp_path, ["train", recipe(tmp_path, corpus), *words], size=size, before=bad)
+    assert ended.codes == [0, 0], ended.text
+    (skip,) = rows(tmp_path / "run", "skip")
+    assert (skip["step"], skip["sample_ids"], skip["skipped_steps"]) == (7, [48, 55], 1)
+    state = json.loads((tmp_path / "run/checkpoints/step_00000020/state.json").read_text())
+    assert state["updates"] == 19
+    for a, b in zip(rows(tmp_path / "run")[:6], rows(reference)[:6], strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
