@@ -58,7 +58,12 @@ def _liger() -> Any:
         )
         return result[0] if isinstance(result, tuple) else result
 
+    def forward_kl(*heads: torch.Tensor) -> torch.Tensor:
+        """Gives the mean KL(teacher, student) of two heads: the generalised JSD at 0; benchmarks only."""
+        return ops.LigerFusedLinearJSDFunction.apply(*heads, None, 0.0, -100, 1.0)
+
     return SimpleNamespace(
+        forward_kl=forward_kl,
         rms_norm=rms_norm,
         layer_norm=layer_norm,
         add_rms_norm=ops.LigerFusedAddRMSNormFunction.apply,
