@@ -12,6 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
 from megatron_inherit.base.errors import ConfigError
+from megatron_inherit.model.cpu import shared_groups
 
 _LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -54,13 +55,14 @@ def make_groups(*, tp: int = 1, pp: int = 1, vpp: int = 1, cp: int = 1) -> Proce
     """
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
-        context_parallel_size=cp,
-        create_gloo_process_groups=False,
-    )
+    with shared_groups():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            virtual_pipeline_model_parallel_size=vpp if vpp > 1 else None,
+            context_parallel_size=cp,
+            create_gloo_process_groups=False,
+        )
     initialize_rng_tracker(inference_rng_tracker=True)  # no dropout, so no state to track
     return ProcessGroupCollection.use_mpu_process_groups()
 
