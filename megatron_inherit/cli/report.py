@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -24,4 +25,29 @@ def report(
     page, picture = write_report(
         paths, out=out or paths[0] / "report.html", title=title, price=price, analyses=analysis or ()
     )
+    _print_arms(paths)
     typer.echo(f"{page}\n{picture}")
+
+
+def _print_arms(paths: list[Path]) -> None:
+    """Prints the table of the page: every figure comes from the runs' own files."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from megatron_inherit.base.quantities import format_count, format_seconds
+    from megatron_inherit.eval.run_facts import arms_of
+    from megatron_inherit.eval.runs import find_runs
+
+    table = Table("run", "blocks", "tokens", "loss at step 0", "final loss", "to random", "tokens/s", "time")
+    for arm in arms_of(find_runs(paths)):
+        table.add_row(
+            arm.label,
+            str(arm.layers or ""),
+            format_count(arm.tokens),
+            "" if arm.start_loss is None else f"{arm.start_loss:.3f}",
+            "" if arm.loss is None else f"{arm.loss:.3f} ± {arm.stderr or 0:.3f}",
+            "baseline" if arm.is_baseline else "" if arm.gap is None else f"{arm.gap:+.3f}",
+            "" if arm.tokens_per_second is None else format_count(arm.tokens_per_second),
+            "" if arm.seconds is None else format_seconds(arm.seconds),
+        )
+    Console(width=None if sys.stdout.isatty() else 120).print(table)

@@ -1,0 +1,70 @@
+"""Writes one row a run, taken from the runs' own files, and prints them as a Markdown table.
+
+python benchmarks/arms.py RUN... --out benchmarks/results/quickstart.csv
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import json
+import os
+import platform
+from pathlib import Path
+
+from megatron_inherit.eval.run_facts import arms_of
+from megatron_inherit.eval.runs import find_runs
+
+FIELDS = ("layers", "parameters", "steps", "tokens", "start_loss", "loss", "stderr", "bits_per_byte", "gap")
+TIMES = ("tokens_per_second", "seconds")
+
+
+def machine() -> dict[str, str]:
+    """Gives date, hardware and versions."""
+    import torch
+
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().split("\n") if "model name" in line),
+        "",
+    )
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{os.cpu_count()} cores of {model or platform.machine()}"
+    )
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "hardware": device,
+        "versions": f"python {platform.python_version()}, torch {torch.__version__}",
+    }
+
+
+def main() -> None:
+    """Reads the runs, writes the rows, prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    common = machine()
+    rows = []
+    for arm in arms_of(find_runs(options.runs)):
+        values = {name: getattr(arm, name) for name in (*FIELDS, *TIMES)}
+        rounded = {name: round(v, 4) if isinstance(v, float) else v for name, v in values.items()}
+        rows.append({"arm": arm.label, **rounded, "windows": arm.fingerprint, **common})
+    with options.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    print("| arm | blocks | tokens | loss at step 0 | final loss | against random |\n|---|---|---|---|---|---|")
+    for row in rows:
+        gap = "" if row["gap"] is None else f"{row['gap']:+.3f}"
+        print(
+            f"| {row['arm']} | {row['layers']} | {row['tokens']:,} | {row['start_loss']:.3f} "
+            f"| {row['loss']:.3f} ± {row['stderr']:.3f} | {gap} |"
+        )
+    print(json.dumps(common))
+
+
+if __name__ == "__main__":
+    main()
