@@ -13,8 +13,10 @@ import csv
 import math
 import platform
 import time
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -33,7 +35,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, required=True, help="Blocks of the student.")
     parser.add_argument("--label", required=True, help="What the teacher is.")
     parser.add_argument("--text", type=Path, help="Default: Python's language reference.")
-    parser.add_argument("--sequences", type=int, default=24, help="Windows to fit on; a third as many are held out.")
+    parser.add_argument("--sequences", type=int, default=12, help="Windows to fit on; a third as many are held out.")
     parser.add_argument("--tokens", type=int, default=256)
     options = parser.parse_args()
     model = load_model(options.teacher)
@@ -59,21 +61,35 @@ def main() -> None:
     record(shared, "none", "uniform guess", math.log(model.config.vocab_size), 0.0)
     y = teacher.teacher_states(fitted)
     choices = {f"first:{options.blocks}": first}
-    choices |= {f"first:{options.blocks - m} + last:{m}": keep_last(first, m, depth) for m in (1, 2, 4)}
+    choices |= {f"first:{options.blocks - m} + last:{m}": keep_last(first, m, depth) for m in (1, 2)}
     for name, layers in choices.items():
-        for repair in ("none", "final-norm", "affine", "block-scale", "block-scale,final-norm"):
-            if "block-scale" in repair and layers == first:
-                continue
-            began = time.perf_counter()
-            cut, result = Cut(model, layers), Repair(layers)
-            if "block-scale" in repair:
-                rescale_blocks(cut, fitted, result)
-            if "final-norm" in repair:
-                refit_final_norm(cut, cut.student_states(fitted), y, result)
-            if "affine" in repair:
-                refit_head(cut, cut.student_states(fitted), y, result)
-            seconds = time.perf_counter() - began
-            record(shared, name, repair, cut.loss(held_out), seconds)
+        for repair, loss, seconds in repaired(model, layers, fitted, held_out, y, gap=layers != first):
+            record(shared, name, repair, loss, seconds)
+
+
+def repaired(
+    model: Any, layers: Sequence[int], fitted: torch.Tensor, held_out: torch.Tensor, y: torch.Tensor, *, gap: bool
+) -> Iterator[tuple[str, float, float]]:
+    """Yields name, held-out loss and seconds of the fit for the plain cut and each of its repairs."""
+    cut = Cut(model, layers)
+    yield "none", cut.loss(held_out), 0.0
+    began = time.perf_counter()
+    x = cut.student_states(fitted)
+    seen = time.perf_counter() - began
+    for name, refit in (("final-norm", refit_final_norm), ("affine", refit_head)):
+        cut, began = Cut(model, layers), time.perf_counter()
+        refit(cut, x, y, Repair(tuple(layers)))
+        seconds = seen + time.perf_counter() - began
+        yield name, cut.loss(held_out), seconds
+    if gap:
+        cut, began = Cut(model, layers), time.perf_counter()
+        rescale_blocks(cut, fitted, Repair(tuple(layers)))
+        seconds = time.perf_counter() - began
+        yield "block-scale", cut.loss(held_out), seconds
+        began = time.perf_counter()
+        refit_final_norm(cut, cut.student_states(fitted), y, Repair(tuple(layers)))
+        seconds += time.perf_counter() - began
+        yield "block-scale,final-norm", cut.loss(held_out), seconds
 
 
 def record(shared: dict[str, object], layers: str, repair: str, loss: float, seconds: float) -> None:

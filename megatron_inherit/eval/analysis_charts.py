@@ -32,7 +32,14 @@ def _attention(analysis: Mapping[str, Any]) -> list[Drawing]:
 
     def matrix(key: str, colorbar: str, vmin: float) -> Callable[..., Any]:
         return lambda wide=True: plots.heatmap(
-            analysis[key], xlabel="head", ylabel="block", title="", colorbar=colorbar, vmin=vmin, wide=wide
+            analysis[key],
+            xlabel="head",
+            ylabel="block",
+            title="",
+            colorbar=colorbar,
+            vmin=vmin,
+            log=vmin > 0,
+            wide=wide,
         )
 
     def lines(wide: bool = True) -> Any:
@@ -81,7 +88,8 @@ def _importance(analysis: Mapping[str, Any]) -> list[Drawing]:
                 lambda wide=True: plots.heatmap(
                     analysis["angular"],
                     xlabel="first block of the span",
-                    ylabel="blocks - 1",
+                    ylabel="blocks of the span",
+                    first_row=1,
                     title="",
                     colorbar="distance",
                     vmin=0,

@@ -138,35 +138,49 @@ def layer_lines(series: Mapping[str, Sequence[float]], *, ylabel: str, wide: boo
     axes.set_ylabel(ylabel)
     if log:
         axes.set_yscale("log")
+        _plain_log(axes.yaxis)
     axes.xaxis.set_major_locator(require("matplotlib.ticker").MaxNLocator(integer=True))
     if len(series) > 1:
-        axes.legend(frameon=False, loc="upper right")
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(series) if wide else 1)
     return figure
 
 
 @_themed
 def heatmap(
-    values: Any, *, xlabel: str, ylabel: str, title: str, colorbar: str, vmin: float | None = None, wide: bool = True
+    values: Any,
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str,
+    colorbar: str,
+    vmin: float | None = None,
+    log: bool = False,
+    first_row: int = 0,
+    wide: bool = True,
 ) -> Figure:
-    """Draws a matrix [rows, columns], row 0 at the top, numbers in the cells where there is room; NaN stays blank."""
+    """Draws a matrix [rows, columns], the first row at the top, with numbers where there is room; NaN stays blank."""
     matrix = np.asarray(values, dtype=float)
     rows, columns = matrix.shape
     width = (9.6 if columns > 24 else 7.2) if wide else 4.6
     figure, axes = _canvas((width, min(11.0, 1.4 + 0.27 * rows)))
     low = float(np.nanmin(matrix)) if vmin is None else vmin
-    mesh = axes.pcolormesh(matrix, cmap="cividis", vmin=low, edgecolors=PAPER, linewidth=0.6)
+    colors = require("matplotlib.colors", "plots")
+    norm = (colors.LogNorm if log else colors.Normalize)(low, max(float(np.nanmax(matrix)), low * 1.01 + 1e-9))
+    mesh = axes.pcolormesh(matrix, cmap="cividis", norm=norm, edgecolors=PAPER, linewidth=0.6)
     axes.invert_yaxis()
     axes.grid(False)
     for side in axes.spines.values():
         side.set_visible(False)
     axes.tick_params(length=0)
     axes.set_xticks(*_cell_ticks(columns, 24 if wide else 10))
-    axes.set_yticks(*_cell_ticks(rows, 40))
+    axes.set_yticks(*_cell_ticks(rows, 40, first_row))
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     if columns <= (16 if wide else 9):
         _cell_numbers(axes, matrix, mesh)
     bar = figure.colorbar(mesh, ax=axes, label=colorbar, fraction=0.04, pad=0.02)
     bar.outline.set_visible(False)
+    if log:
+        _plain_log(bar.ax.yaxis)
     return figure
 
 
@@ -242,6 +256,14 @@ def to_svg(figure: Figure, *, description: str) -> str:
     return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
 
+def _plain_log(axis: Any) -> None:
+    """Labels a logarithmic axis 1, 2, 5, 10, ... instead of with powers."""
+    ticker = require("matplotlib.ticker", "plots")
+    axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_locator(ticker.NullLocator())
+
+
 def _canvas(size: tuple[float, float]) -> tuple[Figure, Axes]:
     figure = require("matplotlib.figure", "plots").Figure(figsize=size, layout="constrained")
     return figure, figure.add_subplot()
@@ -313,9 +335,9 @@ def _start(cluster: Sequence[float], gap: float) -> float:
     return sum(cluster) / len(cluster) - gap * (len(cluster) - 1) / 2
 
 
-def _cell_ticks(number: int, most: int) -> tuple[list[float], list[str]]:
-    stride = -(-number // most)
-    return [place + 0.5 for place in range(0, number, stride)], [str(place) for place in range(0, number, stride)]
+def _cell_ticks(number: int, most: int, first: int = 0) -> tuple[list[float], list[str]]:
+    places = range(0, number, -(-number // most))
+    return [place + 0.5 for place in places], [str(place + first) for place in places]
 
 
 def _cell_numbers(axes: Axes, matrix: np.ndarray, mesh: Any) -> None:
