@@ -1,6 +1,6 @@
 """Time and memory of ``minherit inherit``, Hugging Face to Hugging Face, against ``cp`` and ``sync`` of the same bytes.
 
-    python benchmarks/slice.py --work DIR [--repeats 5] [--teacher-layers 6] [--layers first:4]
+    python benchmarks/slice.py --work DIR [--repeats 5] [--teacher-layers 6 | --teacher FOLDER] [--layers first:4]
 
 In turn: our command, then ``cp --reflink=never`` of its output and ``sync -f``; both end with durable files; the
 source is in the page cache; the first pair is discarded; medians.
@@ -25,11 +25,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--preset", default="llama-2-7b")
     parser.add_argument("--teacher-layers", type=int, default=6)
+    parser.add_argument("--teacher", type=Path, help="a Hugging Face folder, instead of a synthetic preset")
+    parser.add_argument("--rows", default="slice", help="name of the rows file in benchmarks/results")
     parser.add_argument("--layers", default="first:4")
     parser.add_argument("--more", nargs="*", default=[], help="further options of minherit inherit")
     args = parser.parse_args()
-    config = preset(args.preset).with_layers(args.teacher_layers)
-    teacher = make_checkpoint(args.work / f"{args.preset}-{args.teacher_layers}", config)
+    teacher, name = args.teacher, str(args.teacher)
+    if teacher is None:
+        config = preset(args.preset).with_layers(args.teacher_layers)
+        teacher = make_checkpoint(args.work / f"{args.preset}-{args.teacher_layers}", config)
+        name = f"{args.preset} ({args.teacher_layers} layers)"
     student, copy = args.work / "student", args.work / "copy"
     ours, theirs = [], []
     for repeat in range(args.repeats + 1):
@@ -46,7 +51,7 @@ def main() -> None:
     written = sum(path.stat().st_size for path in student.iterdir())
     row = {
         **circumstances("safetensors", "numpy", "xxhash"),
-        "command": f"inherit {args.preset} ({args.teacher_layers} layers) --layers {args.layers} {' '.join(args.more)}",
+        "command": f"inherit {name} --layers {args.layers} {' '.join(args.more)}",
         "bytes_out": written,
         "ours_s": round(statistics.median(run["seconds"] for run in ours[1:]), 3),
         "cp_sync_s": round(statistics.median(theirs[1:]), 3),
@@ -57,7 +62,7 @@ def main() -> None:
         "spread_cp_s": f"{min(theirs[1:]):.2f}-{max(theirs[1:]):.2f}",
     }
     row["ratio"] = round(row["ours_s"] / row["cp_sync_s"], 3)
-    print(f"ratio {row['ratio']}; rows in {append_rows('slice', [row])}")
+    print(f"ratio {row['ratio']}; rows in {append_rows(args.rows, [row])}")
     for folder in (student, copy):
         shutil.rmtree(folder, ignore_errors=True)
 
