@@ -61,6 +61,7 @@ def mapped(path: Path) -> Iterator[Any]:
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            data.madvise(mmap.MADV_RANDOM)  # headers are far apart: reading ahead would fetch tensors
             yield data
     except FileNotFoundError as error:
         raise CheckpointError(f"The file {path} is missing.") from error

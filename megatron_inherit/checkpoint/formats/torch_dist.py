@@ -154,6 +154,7 @@ class _Tensors(Mapping[str, StoredTensor]):
         ignored = (*IGNORED, r"output_layer\.weight") if config.tied else IGNORED
         check_names(stored, sorted(names), where=str(folder), ignored=ignored, config=config)
         self.homes = {part.name: tensor for tensor in wanted for part in tensor.parts}
+        self.shapes = {part.name: part.shape for tensor in wanted for part in tensor.parts}
         self._order = [spec.name for spec in enumerate_tensors(config)]
         self._known: dict[str, StoredTensor] = {}
         for tensor in wanted:
@@ -169,6 +170,10 @@ class _Tensors(Mapping[str, StoredTensor]):
         return name in self.homes
 
     def __getitem__(self, name: str) -> StoredTensor:
+        stored = self._stored[self.key(self.homes[name])]
+        return _Deferred(self.shapes[name], stored.dtype, partial(self._resolve, name))
+
+    def _resolve(self, name: str) -> StoredTensor:
         if name not in self._known:
             tensor = self.homes[name]
             self._known.update(self.bind(tensor, self._stored[self.key(tensor)]))
@@ -222,32 +227,35 @@ class _Tensors(Mapping[str, StoredTensor]):
             raise CheckpointError(f"{where}: {key} is quantised or no weight.", got=stored.dtype)
 
 
-class _States(Mapping[str, StoredTensor]):
-    """Optimizer state by ``KIND:NAME``, looked up on first use."""
+class _Deferred(StoredTensor):
+    """A tensor whose shape and type the metadata tell, and whose place is looked up when it is first read."""
 
-    def __init__(self, load: Mapping[str, Callable[[], StoredTensor]]) -> None:
-        self._load = load
+    def __init__(self, shape: tuple[int, ...], dtype: str, load: Callable[[], StoredTensor]) -> None:
+        for name, value in (("shape", shape), ("dtype", dtype), ("decode", None), ("_load", load)):
+            object.__setattr__(self, name, value)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._load)
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """Where its elements are."""
+        return self._load().pieces  # type: ignore[attr-defined]
 
-    def __len__(self) -> int:
-        return len(self._load)
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that a read of all of it fetches."""
+        return self.nbytes
 
-    def __getitem__(self, key: str) -> StoredTensor:
-        return self._load[key]()
 
-
-def _optimizer(found: _Tensors, states: Mapping[str, ChunkedTensor]) -> _States:
+def _optimizer(found: _Tensors, states: Mapping[str, ChunkedTensor]) -> dict[str, StoredTensor]:
     """Finds the fp32 weights and moments of the model-shaped layouts (fully_reshardable, fully_sharded_model_space)."""
-    load: dict[str, Callable[[], StoredTensor]] = {}
+    load: dict[str, StoredTensor] = {}
     for kind, spellings in _STATES.items():
         for name, tensor in found.homes.items():
             for spelling in spellings:
                 key = f"optimizer.state.{spelling}.{found.key(tensor)}"
                 if key in states:
-                    load[f"{kind}:{name}"] = partial(_load_state, found, tensor, states[key], name)
-    return _States(load)
+                    later = partial(_load_state, found, tensor, states[key], name)
+                    load[f"{kind}:{name}"] = _Deferred(found.shapes[name], states[key].dtype, later)
+    return load
 
 
 def _load_state(found: _Tensors, tensor: PhysicalTensor, stored: ChunkedTensor, name: str) -> StoredTensor:

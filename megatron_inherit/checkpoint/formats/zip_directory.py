@@ -48,7 +48,9 @@ def zip_entries(data: Any, start: int, length: int) -> dict[str, tuple[int, int]
 
 
 def _directory(data: Any, start: int, length: int) -> tuple[int, int, int]:
-    tail_start = max(start, start + length - _END.size - _MAX_COMMENT)
+    tail_start = max(start, start + length - _END.size)
+    if bytes(data[tail_start : tail_start + 4]) != b"PK\x05\x06":  # a comment follows, which torch never writes
+        tail_start = max(start, start + length - _END.size - _MAX_COMMENT)
     tail = bytes(data[tail_start : start + length])
     found = tail.rfind(b"PK\x05\x06")
     if found < 0:
