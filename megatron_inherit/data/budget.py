@@ -60,7 +60,6 @@ def make_subset(
     weights = parse_weights(options.weights, available)
     budgets = None if options.tokens is None else divide(options.tokens, weights)
     unique = _unique_budgets(budgets, weights, options)
-    require_space(out, 48 * corpus.documents)
     with new_folder(out, overwrite=overwrite) as folder:
         drawing = _Drawing(corpus, folder, options, unique)
         drawing.run()
@@ -120,7 +119,9 @@ class _Drawing:
         return min(2**64, int(1.1 * share / max(1e-9, 1 - held_out) * 2**64))
 
     def _draw(self) -> None:
-        expected = int(self.corpus.documents * self.limit / 2**64) + 1
+        held_out = self.options.valid_share + self.options.test_share
+        expected = int(self.corpus.documents * min(1.0, self.limit / 2**64 + held_out)) + 1
+        require_space(self.folder, expected * (_RECORD.itemsize + _SPAN.itemsize))
         count = min(_MAX_BUCKETS, -(-expected // _BUCKET_DOCUMENTS))
         if count == 1:
             self._take(np.concatenate([np.empty(0, _RECORD), *self._candidates()]))
@@ -133,8 +134,9 @@ class _Drawing:
                 path.unlink()
 
     def _partition(self, buckets: list[Path]) -> None:
-        width = np.uint64(-(-self.limit // len(buckets)))
+        widths = np.array([-(-self.limit // len(buckets)), 2**64 // len(buckets)], np.uint64)
         for records in self._candidates():
+            width = widths[(records["role"] > 0).astype(np.int64)]
             number = np.minimum(records["key"] // width, np.uint64(len(buckets) - 1)).astype(np.int64)
             order = np.argsort(number, kind="stable")
             bounds = np.searchsorted(number[order], np.arange(len(buckets) + 1))

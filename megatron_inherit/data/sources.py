@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import io
+import json
 import lzma
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
@@ -30,6 +33,8 @@ _FORMATS: dict[str, Format] = {
     ".tar": "tar",
     ".tgz": "tar",
 }
+_SAVED = ("state.json", "dataset_dict.json")
+_DOMAIN_NAME = re.compile(r"\w[\w.-]*")
 _log = get_logger(__name__)
 
 
@@ -72,60 +77,92 @@ def find_sources(sources: list[str], layout: Layout, *, pattern: str = "*", as_t
     """
     found: list[SourceFile] = []
     for source in sources:
-        name, mark, path = source.partition("=")
-        if not mark or "/" in name or ":" in name:
-            name, path = "", source
-        files = list(_find(path, name or None, layout, pattern, as_text))
+        domain, path = _split_name(source)
+        if path.startswith(DATASETS_PREFIX):
+            files = list(_streamed(path.removeprefix(DATASETS_PREFIX), domain or _fallback(layout)))
+        elif "://" not in path and any((Path(path) / name).is_file() for name in _SAVED):
+            files = list(_saved(Path(path), domain or _fallback(layout)))
+        else:
+            listed = _list_remote(path) if "://" in path else _list_local(Path(path))
+            files = list(_choose(listed, domain, layout, pattern, as_text))
         if not files:
             raise DataError(f"{path} holds no file that can be read.", expected=f"files ending in {_known_suffixes()}")
         found += files
     return sorted(found, key=lambda file: (file.domain or "", file.path, file.part))
 
 
-def _find(path: str, domain: str | None, layout: Layout, pattern: str, as_text: bool) -> Iterator[SourceFile]:
-    if path.startswith(DATASETS_PREFIX):
-        yield from _streamed(path.removeprefix(DATASETS_PREFIX), domain or _fallback(layout))
-        return
-    if "://" in path:
-        yield from _remote(path, domain, layout, pattern, as_text)
-        return
-    root = Path(path)
+def _split_name(source: str) -> tuple[str | None, str]:
+    name, mark, path = source.partition("=")
+    if not mark or "/" in name or ":" in name:
+        return None, source
+    if not _DOMAIN_NAME.fullmatch(name):
+        raise DataError(f"{name!r} is no name for a domain.", expected="letters, digits, '_', '-' and '.'")
+    return name, path
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """A file that was found: its place below the source (or its name, if it was named itself)."""
+
+    relative: str
+    path: str
+    size: int
+    mtime_ns: int | None
+    named: bool
+
+
+def _list_local(root: Path) -> Iterator[_Listed]:
     if not root.exists():
-        raise DataError(f"{path} does not exist.")
-    if root.is_dir() and any((root / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        yield from _saved(root, domain or _fallback(layout))
-        return
-    files = [root] if root.is_file() else sorted(file for file in root.rglob("*") if file.is_file())
-    for file in files:
+        raise DataError(f"{root} does not exist.")
+    named = root.is_file()
+    for file in [root] if named else sorted(file for file in root.rglob("*") if file.is_file()):
         status = file.stat()
-        relative = file.name if file == root else file.relative_to(root).as_posix()
-        named = file == root
-        kind = _format(relative, as_text, named=named)
-        if kind is None or not (named or fnmatch.fnmatch(file.name, pattern)):
-            continue
-        place = _domain(relative, domain, layout)
-        yield SourceFile(
-            path=str(file.absolute()), format=kind, size=status.st_size, mtime_ns=status.st_mtime_ns, domain=place
-        )
+        relative = file.name if named else file.relative_to(root).as_posix()
+        yield _Listed(relative, str(file.absolute()), status.st_size, status.st_mtime_ns, named)
 
 
-def _remote(url: str, domain: str | None, layout: Layout, pattern: str, as_text: bool) -> Iterator[SourceFile]:
+def _list_remote(url: str) -> Iterator[_Listed]:
     system, root = require("fsspec", "remote paths").core.url_to_fs(url)
-    entries = {root: system.info(root)} if system.isfile(root) else system.find(root, detail=True)
+    named = system.isfile(root)
+    entries = {root: system.info(root)} if named else system.find(root, detail=True)
     for path, info in sorted(entries.items()):
-        relative = path.removeprefix(root).lstrip("/") or path.rpartition("/")[2]
-        kind = _format(relative, as_text, named=path == root)
-        if kind is None or not (path == root or fnmatch.fnmatch(relative.rpartition("/")[2], pattern)):
+        relative = path.rpartition("/")[2] if named else path.removeprefix(root).lstrip("/")
+        yield _Listed(relative, system.unstrip_protocol(path), int(info.get("size") or 0), None, named)
+
+
+def _choose(
+    listed: Iterable[_Listed], domain: str | None, layout: Layout, pattern: str, as_text: bool
+) -> Iterator[SourceFile]:
+    """Keeps the files that match and can be read; says once which of the others were left out."""
+    unknown: list[str] = []
+    for file in listed:
+        if not (file.named or fnmatch.fnmatch(file.relative.rpartition("/")[2], pattern)):
             continue
-        place = _domain(relative, domain, layout)
-        size = int(info.get("size") or 0)
-        yield SourceFile(path=system.unstrip_protocol(path), format=kind, size=size, mtime_ns=None, domain=place)
+        kind: Format | None = "txt" if as_text else _format(file.relative)
+        if kind is None and file.named:
+            fix = "Use --as-text for plain text."
+            raise DataError(f"{file.path} has no known suffix.", expected=_known_suffixes(), fix=fix)
+        if kind is None:
+            unknown.append(file.relative)
+            continue
+        place = domain or (domain_of_path(file.relative) if layout.by_path else _fallback(layout))
+        yield SourceFile(path=file.path, format=kind, size=file.size, mtime_ns=file.mtime_ns, domain=place)
+    if unknown:
+        shown = ", ".join(unknown[:3])
+        _log.warning("%d files of unknown suffix are left out: %s%s", len(unknown), shown, "..." * (len(unknown) > 3))
 
 
 def _saved(root: Path, domain: str | None) -> Iterator[SourceFile]:
-    """A folder that ``save_to_disk`` wrote: one part for each Arrow file."""
-    arrow = sorted(root.rglob("*.arrow"))
-    for file in arrow:
+    """A folder that ``save_to_disk`` wrote, or the training split of one with several: a part for each Arrow file."""
+    if (root / _SAVED[1]).is_file():
+        root = root / "train"
+    state = root / _SAVED[0]
+    try:
+        names = [entry["filename"] for entry in json.loads(state.read_bytes())["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{state} does not list the files of a saved data set: {error!r}.") from error
+    for name in names:
+        file = root / name
         status = file.stat()
         yield SourceFile(
             path=str(file.absolute()),
@@ -165,27 +202,14 @@ def _fallback(layout: Layout) -> str | None:
     return None if layout.by_record else layout.fixed or "text"
 
 
-def _domain(relative: str, domain: str | None, layout: Layout) -> str | None:
-    if domain or not layout.by_path:
-        return domain or _fallback(layout)
-    return domain_of_path(relative)
-
-
-def _format(name: str, as_text: bool, *, named: bool) -> Format | None:
-    """Tells the format from the suffix; None for a file in a folder that has an unknown one."""
-    if as_text:
-        return "txt"
+def _format(name: str) -> Format | None:
+    """Tells the format from the suffix, None if it is unknown."""
     stem = name
     for suffix in _COMPRESSIONS:
         stem = stem.removesuffix(suffix)
     if stem.endswith("_data") and name.endswith(".xz"):  # OpenWebText's urlsf_subsetNN-MMM_data.xz are tar archives
         return "tar"
-    known = _FORMATS.get(Path(stem).suffix)
-    if known is None and named:
-        raise DataError(f"{name} has no known suffix.", expected=_known_suffixes(), fix="Use --as-text for plain text.")
-    if known is None:
-        _log.warning("%s is left out: its suffix is none of %s", name, _known_suffixes())
-    return known
+    return _FORMATS.get(Path(stem).suffix)
 
 
 def _known_suffixes() -> str:

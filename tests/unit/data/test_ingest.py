@@ -4,6 +4,7 @@ import bz2
 import gzip
 import io
 import json
+import logging
 import lzma
 import tarfile
 from pathlib import Path
@@ -106,6 +107,12 @@ def test_hugging_face_data_sets_saved_and_streamed(tmp_path: Path, monkeypatch: 
     data.save_to_disk(str(tmp_path / "saved"), num_shards=3)
     manifest = ingest([str(tmp_path / "saved")], tmp_path / "out")
     assert read_back(tmp_path / "out", manifest) == {"text": TEXTS}
+    (tmp_path / "saved" / "cache-1234.arrow").write_bytes(b"left by a map")
+    splits = datasets.DatasetDict({"train": data, "test": data.select(range(3))})
+    splits.save_to_disk(str(tmp_path / "splits"))
+    for name in ("saved", "splits"):
+        manifest = ingest([f"news={tmp_path / name}"], tmp_path / f"out-{name}")
+        assert read_back(tmp_path / f"out-{name}", manifest) == {"news": TEXTS}
     (tmp_path / "folder").mkdir()
     for part in range(3):
         data.shard(3, part, contiguous=True).to_parquet(str(tmp_path / "folder" / f"train-{part}.parquet"))
@@ -254,12 +261,14 @@ def test_a_missing_column_or_path_is_said(tmp_path: Path) -> None:
         ingest([str(tmp_path / "a.parquet")], tmp_path / "out", IngestOptions(text_field="body"))
     with pytest.raises(DataError, match="does not exist"):
         ingest([str(tmp_path / "none.jsonl")], tmp_path / "out2")
+    with pytest.raises(DataError, match="is no name for a domain"):
+        ingest([f"..={tmp_path / 'a.parquet'}"], tmp_path / "out")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no file that can be read"):
         ingest([str(tmp_path / "empty")], tmp_path / "out2")
 
 
-def test_shards_are_cut_and_compressed_and_workers_change_nothing(tmp_path: Path) -> None:
+def test_shards_are_cut_and_compressed(tmp_path: Path) -> None:
     pytest.importorskip("zstandard")
     for number in range(6):
         write_jsonl(tmp_path / "in" / f"c4_{number}.jsonl", make_texts(40, seed=number))
@@ -310,3 +319,14 @@ def test_two_jobs_do_not_write_to_one_folder(tmp_path: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UsageError, match="Another job is writing"):
             ingest([str(source)], tmp_path / "out")
+
+
+def test_what_is_left_out_of_a_folder_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("megatron_inherit"), "propagate", True)
+    write_jsonl(tmp_path / "in" / "a.jsonl", TEXTS)
+    for number in range(5):
+        (tmp_path / "in" / f"{number}.png").write_bytes(b"x")
+    ingest([str(tmp_path / "in")], tmp_path / "out")
+    assert "5 files of unknown suffix are left out: 0.png, 1.png, 2.png..." in caplog.text

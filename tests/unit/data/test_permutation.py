@@ -32,13 +32,13 @@ def test_values_are_the_same_for_ever() -> None:
     assert KeyedPermutation(10**9, derive_key(1, "samples", 0))(np.arange(4)).tolist() == EXPECTED
 
 
-@pytest.mark.parametrize("size", [64, 1000, 4096])
+@pytest.mark.parametrize("size", [64, 1000])
 def test_positions_are_uniform_over_keys(size: int) -> None:
-    """Chi-square of where the first and a middle element land, in 16 bins over 2000 keys; 15 degrees of freedom."""
+    """Chi-square of where the first and a middle element land, in 16 bins over 1000 keys; 15 degrees of freedom."""
     for place in (0, size // 2):
-        landed = [int(KeyedPermutation(size, derive_key(key))(np.array([place]))[0]) for key in range(2000)]
+        landed = [int(KeyedPermutation(size, derive_key(key))(np.array([place]))[0]) for key in range(1000)]
         counts = np.bincount(np.array(landed) * 16 // size, minlength=16)
-        expected = np.bincount(np.arange(size) * 16 // size, minlength=16) / size * 2000
+        expected = np.bincount(np.arange(size) * 16 // size, minlength=16) / size * 1000
         assert ((counts - expected) ** 2 / expected).sum() < 45
 
 

@@ -68,6 +68,9 @@ def test_equal_texts_have_equal_hashes_whatever_the_tokenizer(tmp_path: Path, te
 
 @pytest.mark.slow
 def test_workers_and_backends_write_the_same_bytes(tmp_path: Path, text: Path) -> None:
+    options = IngestOptions(layout="redpajama", shard_bytes=3000)
+    ingest([str(tmp_path / "in")], tmp_path / "text2", options, workers=2)
+    assert contents(tmp_path / "text2") == contents(text)
     folder = str(byte_level_folder(tmp_path / "hf"))
     tokenize(text, tmp_path / "one", TokenizeOptions(tokenizer=folder, backend="own"))
     tokenize(text, tmp_path / "two", TokenizeOptions(tokenizer=folder), workers=2)
@@ -163,3 +166,12 @@ def test_merged_domains_hold_the_shards_in_order(tmp_path: Path, text: Path) -> 
         file = IndexedFile(tmp_path / domain)
         assert np.array_equal(file.tokens, np.concatenate(parts))
         assert file.num_documents == count
+
+
+@pytest.mark.slow
+def test_an_error_in_a_worker_stops_the_job_and_keeps_its_words(tmp_path: Path, text: Path) -> None:
+    shard = next((text / "c4").iterdir())
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(DataError, match=rf"{shard.name} ends at offset \d+\. Got: "):
+        tokenize(text, tmp_path / "out", TokenizeOptions(tokenizer="bytes"), workers=2)
+    assert not (tmp_path / "out" / "manifest.json").exists()
