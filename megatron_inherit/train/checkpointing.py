@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 LATEST = "latest"
+_REPLACED = "replaced-"
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -210,7 +211,7 @@ class Saver:
         native.write_manifest(pending.temporary, world_size=self.topology.world_size, facts=pending.facts)
         fault("before_rename", pending.step)
         if target.exists():
-            target.rename(target.with_name(f"{target.name}{TEMPORARY_MARK}replaced-{self.token}"))
+            target.rename(target.with_name(f"{target.name}{TEMPORARY_MARK}{_REPLACED}{self.token}"))
         pending.temporary.rename(target)
         fsync_path(self.folder)
         fault("before_latest", pending.step)
@@ -224,7 +225,7 @@ class Saver:
         """Deletes what is outdated, once the newest checkpoint reads back as it was written."""
         try:
             outdated = self.keep.outdated(list_steps(self.folder))
-            leftovers = list(self.folder.glob(f"step_*{TEMPORARY_MARK}replaced-*"))
+            leftovers = list(self.folder.glob(f"step_*{TEMPORARY_MARK}{_REPLACED}*"))
             if outdated or leftovers:
                 native.verify(newest)
             for path in [*(step_folder(self.folder, step) for step in outdated), *leftovers]:
@@ -255,7 +256,14 @@ def retire(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Deletes what crashed sessions left unfinished; rank 0 calls it while it alone holds the run's lock."""
+    """Deletes what crashed sessions left unfinished; rank 0 calls it while it alone holds the run's lock.
+
+    A checkpoint that was moved aside for a new one of the same step, which then never came, is put back.
+    """
+    for path in Path(folder).glob(f"*{TEMPORARY_MARK}{_REPLACED}*"):
+        original = path.with_name(path.name.partition(TEMPORARY_MARK)[0])
+        if not original.exists():
+            path.rename(original)
     for path in Path(folder).glob(f"*{TEMPORARY_MARK}*"):
         logger.info("Removing %s, which a crash left behind.", path.name)
         if path.is_dir():

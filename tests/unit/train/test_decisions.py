@@ -87,6 +87,14 @@ def test_the_last_ones_and_every_so_manieth_stay(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "step_00000100", "step_x"]
 
 
+def test_a_checkpoint_moved_aside_comes_back_if_its_successor_never_came(tmp_path):
+    for name in ("step_00000005.tmp-replaced-ab", "step_00000009.tmp-replaced-ab", "step_00000009"):
+        (tmp_path / name).mkdir()
+    remove_leftovers(tmp_path)
+    assert list_steps(tmp_path) == [5, 9]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_no_room_for_two_checkpoints_is_told_with_numbers(tmp_path):
     with pytest.raises(DiskError, match=r"free.*Expected: at least"):
         require_checkpoint_space(tmp_path, 1 << 60)
