@@ -4,17 +4,36 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
+
+import numpy as np
 
 from megatron_inherit.arch.model_config import ModelConfig
 from megatron_inherit.arch.tensors import enumerate_tensors
 from megatron_inherit.base.errors import CheckpointError
-from megatron_inherit.checkpoint.stream import StoredTensor
+from megatron_inherit.checkpoint.dtypes import cast
+from megatron_inherit.checkpoint.files import FilePool
+from megatron_inherit.checkpoint.stream import Decode, StoredTensor, read_box
 
 KEY = "sws"
 """Field of ``config.json`` that holds the ids."""
 
 PREFIX = "sws.stages."
+LAYER_PREFIX = "sws.layers."
+"""What a layer has of its own beside its stage: ``gate.*``, ``up.*`` and ``down.*``."""
+DOWN_OF = {
+    "attn.q": "attn.qkv",
+    "attn.k": "attn.qkv",
+    "attn.v": "attn.qkv",
+    "attn.o": "attn.o",
+    "mlp.gate": "mlp.in",
+    "mlp.up": "mlp.in",
+    "mlp.down": "mlp.down",
+}
+"""Matrix -> name of the second of its low-rank factors; one serves all matrices that share an input."""
+GATE_OF = {"attn.o": "attn", "mlp.down": "mlp"}
+"""Tensors that a layer's gates scale."""
 _LAYER = re.compile(r"layers\.(\d+)\.(.+)")
 
 Ids = Mapping[str, Sequence[int]]
@@ -81,3 +100,45 @@ def share_names(
         tensors[spec.name] = stored[name]
         tensors |= {kind + spec.name: stored[kind + name] for kind in kinds if kind + name in stored}
     return tensors
+
+
+def fold_own(
+    tensors: Mapping[str, StoredTensor], own: Mapping[str, StoredTensor], pool: FilePool
+) -> dict[str, StoredTensor]:
+    """Folds what layers have of their own into their weights: gate times (stage + up x down), computed in float64.
+
+    Args:
+        tensors: The whole model's by canonical name; optimizer state is left as it is.
+        own: ``sws.layers.{i}.gate.*``, ``.up.*`` and ``.down.*``, small enough to be read now.
+        pool: Where files are opened.
+    """
+    values = {
+        name: cast(read_box(pool, stored, (0,) * len(stored.shape), stored.shape), stored.dtype, "F64")
+        for name, stored in own.items()
+        if name.startswith(LAYER_PREFIX)
+    }
+    folded = dict(tensors)
+    for name, stored in tensors.items():
+        match = re.fullmatch(r"layers\.(\d+)\.(\w+\.\w+)\.(weight|bias)", name)
+        if match is None:
+            continue
+        head, part = f"{LAYER_PREFIX}{match[1]}.", match[2]
+        gate = values.get(f"{head}gate.{GATE_OF.get(part, '')}")
+        up = values.get(f"{head}up.{part}") if match[3] == "weight" else None
+        if gate is not None or up is not None:
+            down = None if up is None else values[f"{head}down.{DOWN_OF[part]}"]
+            folded[name] = replace(stored, decode=_fold(stored, gate, up, down))
+    return folded
+
+
+def _fold(stored: StoredTensor, gate: np.ndarray | None, up: np.ndarray | None, down: np.ndarray | None) -> Decode:
+    def apply(rows: np.ndarray, first: int) -> np.ndarray:
+        exact = cast(rows, stored.dtype, "F64")
+        if up is not None and down is not None:
+            exact = exact + up[first : first + len(rows)] @ down
+        if gate is not None:
+            exact = exact * gate[0]
+        return cast(exact.astype(np.float32), "F32", stored.dtype)
+
+    arguments = {"gate": "" if gate is None else float(gate[0]), "rank": 0 if up is None else up.shape[1]}
+    return Decode("fold", arguments, stored.shape, stored.dtype, apply, positional=True)

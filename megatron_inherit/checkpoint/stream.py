@@ -36,13 +36,15 @@ class Decode:
         stored_shape: Shape of the stored array; axis 0 is the canonical one.
         stored_dtype: Its type.
         apply: Takes stored rows [n, ...] of the carrier type and gives canonical rows [n, ...].
+        positional: ``apply`` takes the index of the first row too.
     """
 
     name: str
     arguments: Mapping[str, Any]
     stored_shape: Shape
     stored_dtype: str
-    apply: Callable[[np.ndarray], np.ndarray]
+    apply: Callable[..., np.ndarray]
+    positional: bool = False
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,7 @@ class Source:
         tensors: Weights by canonical name, in the order of ``enumerate_tensors``.
         optimizer: fp32 weights and moments where the checkpoint has them, keyed ``fp32:NAME``, ``exp_avg:NAME`` and
             ``exp_avg_sq:NAME``.
+        own: With shared stages, what layers have of their own, by its stored name (and ``KIND:NAME``).
         side_files: What travels with the weights.
         hf_config: The teacher's ``config.json``, for formats that carry one.
         details: JSON-able facts for ``inspect`` (parallel sizes, iteration, version).
@@ -146,6 +149,7 @@ class Source:
     config: ModelConfig
     tensors: Mapping[str, StoredTensor]
     optimizer: Mapping[str, StoredTensor] = field(default_factory=dict)
+    own: Mapping[str, StoredTensor] = field(default_factory=dict)
     side_files: tuple[SideFile, ...] = ()
     hf_config: Mapping[str, Any] | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
@@ -159,7 +163,7 @@ class Source:
         Raises:
             CheckpointError: It is not there.
         """
-        found = self.tensors.get(key) or self.optimizer.get(key)
+        found = self.tensors.get(key) or self.optimizer.get(key) or self.own.get(key)
         if found is None:
             raise CheckpointError(f"{self.path} has no tensor {key}.")
         return found
@@ -281,7 +285,7 @@ def read_box(
         return gather(pool, stored.pieces, start, shape, stored.dtype, out)
     first = (start[0], *(0,) * (len(decode.stored_shape) - 1))
     rows = gather(pool, stored.pieces, first, (shape[0], *decode.stored_shape[1:]), decode.stored_dtype)
-    values = decode.apply(rows)
+    values = decode.apply(rows, start[0]) if decode.positional else decode.apply(rows)
     inner = tuple(slice(low, low + size) for low, size in zip(start[1:], shape[1:], strict=True))
     return values[(slice(None), *inner)]
 

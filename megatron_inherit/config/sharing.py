@@ -58,6 +58,8 @@ class SharingSection(Section):
         gradient: ``sum`` is what a weight used k times gets; ``mean`` divides by k before clipping.
         guard_every_steps: Steps between comparisons of the copies of a stage on several ranks.
         untie: Splits of the stages while the run goes on, coarse to fine.
+        gates: Each layer learns a factor for its attention and one for its MLP.
+        low_rank: Rank of the factors that each layer adds to its stage's matrices.
         soft_tie: A pull between the layers of a descendant, or none.
         keep_zeros: A pruned learngene's zeros stay zero in training.
     """
@@ -67,6 +69,8 @@ class SharingSection(Section):
     gradient: Literal["sum", "mean"] = "sum"
     guard_every_steps: Positive = 100
     untie: tuple[UntieStep, ...] = ()
+    gates: bool = False
+    low_rank: Count = 0
     soft_tie: SoftTieSection | None = None
     keep_zeros: bool = False
 

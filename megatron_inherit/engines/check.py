@@ -135,9 +135,13 @@ def _check_stages(options: EngineOptions, sharing: Sharing, config: ModelConfig)
             fix="Leave first_stage_layers and last_stage_layers out.",
         )
     sharing.partition(options.pp, options.vpp)
+    if sharing.low_rank and options.tp > 1:
+        raise ConfigError("sharing.low_rank is not cut by tensor parallelism.", fix="Set tp to 1.")
 
 
 def _check_deepspeed(options: EngineOptions) -> None:
+    if options.sharing is not None and options.sharing.relaxed and options.zero_stage == 3:
+        raise ConfigError("sharing.gates and sharing.low_rank are not for ZeRO-3.", fix="Set zero_stage to 2.")
     if options.soft_tie is not None or options.keep_zeros:
         raise ConfigError("soft_tie and keep_zeros are of the megatron engine.", fix="Take engine=megatron.")
     if options.zero_stage not in (0, 1, 2, 3):

@@ -45,8 +45,13 @@ def create_engine(
     from megatron_inherit.model.load import random_reader, source_reader
 
     read = random_reader(config, seed) if source is None else source_reader(source, config)
-    if options.sharing is not None and source is not None:
-        read = by_first_layer(read, options.sharing.plan)
+    if options.sharing is not None:
+        start = None if source is None else read
+        read = read if source is None else by_first_layer(read, options.sharing.plan)
+        if options.sharing.relaxed:
+            from megatron_inherit.sharing.relax import own_reader
+
+            read = own_reader(read, start, config, options.sharing, seed)
     if kind == "deepspeed":
         require("deepspeed", "engine=deepspeed")
         from megatron_inherit.engines.deepspeed.engine import DeepSpeedEngine

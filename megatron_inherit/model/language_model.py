@@ -11,6 +11,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
 from megatron_inherit.arch.model_config import ModelConfig
+from megatron_inherit.arch.tensors import TensorSpec
 from megatron_inherit.kernels.dispatch import linear_cross_entropy
 from megatron_inherit.model.attention import Tables, attention_mask, context_order
 from megatron_inherit.model.rope import Rotary
@@ -27,6 +28,7 @@ class LanguageModel(GPTModel):
         arguments: Those of GPTModel.
 
     Attributes:
+        own_specs: What parameters that no ordinary model has are stored as, by their names in this module.
         stored_name: Gives the name under which a checkpoint stores a canonical tensor; another one with shared stages.
     """
 
@@ -40,6 +42,7 @@ class LanguageModel(GPTModel):
         self.model = model
         self.rotary = Rotary(model) if model.rope else None
         self.stored_name: Callable[[str], str] = str
+        self.own_specs: dict[str, tuple[TensorSpec, ...]] = {}
         self.tp_size, self.cp_size = self.pg_collection.tp.size(), self.pg_collection.cp.size()
 
     def forward(

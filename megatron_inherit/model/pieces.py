@@ -88,8 +88,9 @@ def pieces_of(chunk: LanguageModel) -> dict[str, list[Piece]]:
     for parameter, values in chunk.named_parameters():
         offset, found[parameter] = 0, []
         tied = getattr(values, "shared", False) or (parameter.startswith("output_layer.") and chunk.model.tied)
-        names = canonical_names(chunk, parameter)
-        specs = [replace(table[name], name=chunk.stored_name(name)) for name in names]
+        specs = list(chunk.own_specs.get(parameter, ()))
+        if not specs:
+            specs = [replace(table[n], name=chunk.stored_name(n)) for n in canonical_names(chunk, parameter)]
         boxes = [(spec, *_box(spec, size, rank, chunk.vocab_size)) for spec in specs]
         for spec, start, shape in _by_group(boxes, chunk.model.num_kv_heads // size) if _packed(parameter) else boxes:
             found[parameter].append(Piece(parameter, spec, start, shape, offset, spec.split == "none", tied))

@@ -107,11 +107,17 @@ def plan_descendant(
     shared = require_plan(learngene)
     raw = {name: value for name, value in (learngene.hf_config or {}).items() if name != KEY}
     ordinary = dataclasses.replace(learngene, hf_config=raw or None)
-    layers = [shared.first_layers[stage] for stage in stages]
+    layers = use_layers(shared, stages)
     plan = plan_inheritance(ordinary, layers=layers, layout=layout, dtype=dtype)
     counts = ",".join(str(list(stages).count(stage)) for stage in range(shared.num_stages))
     title = f"a {len(stages)}-layer descendant of {learngene.path}, layers a stage {counts}"
     return compressed(dataclasses.replace(plan, title=title), compress)
+
+
+def use_layers(plan: StagePlan, stages: Sequence[int]) -> list[int]:
+    """Gives the auxiliary's layer for each layer of a descendant: a stage's uses in turn, in case they differ."""
+    uses = [[layer for layer, own in enumerate(plan.stages) if own == stage] for stage in range(plan.num_stages)]
+    return [uses[stage][list(stages[:place]).count(stage) % len(uses[stage])] for place, stage in enumerate(stages)]
 
 
 def compressed(plan: TransferPlan, method: Method | None) -> TransferPlan:

@@ -53,6 +53,11 @@ def plan_extraction(source: Source, *, dtype: str | None = None) -> TransferPlan
         UsageError: The source shares nothing.
     """
     plan = require_plan(source)
+    if source.own:
+        raise ConfigError(
+            f"Layers of {source.path} have gates or low-rank factors of their own, which no learngene holds.",
+            fix="Expand the run itself: minherit share expand RUN OUT --depth L.",
+        )
     title = f"the learngene of {source.path}: {plan.num_stages} stages of {plan}"
     return _planned(source, plan, title, lambda spec: copy_op(spec.name, spec.name, source, dtype))
 

@@ -18,12 +18,21 @@ class Sharing:
         allow_cross_rank: A stage may lie on several pipeline ranks.
         gradient: ``sum`` is what a weight used k times gets; ``mean`` divides by k before clipping.
         guard_every_steps: Steps between comparisons of the copies of a stage on several ranks.
+        gates: Each layer has a learned factor for its attention and one for its MLP.
+        low_rank: Rank of the factors that each layer adds to its stage's matrices; 0 for none.
     """
 
     plan: StagePlan
     allow_cross_rank: bool = False
     gradient: Literal["sum", "mean"] = "sum"
     guard_every_steps: int = 100
+    gates: bool = False
+    low_rank: int = 0
+
+    @property
+    def relaxed(self) -> bool:
+        """Tells whether layers have something of their own."""
+        return self.gates or self.low_rank > 0
 
     def partition(self, pipeline: int, chunks: int = 1) -> Partition:
         """Lays the stages over pipeline ranks.

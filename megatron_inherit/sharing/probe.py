@@ -10,6 +10,7 @@ import torch
 from megatron_inherit.arch.tensors import TensorSpec
 from megatron_inherit.model.build import build_single
 from megatron_inherit.model.load import load_chunk, to_torch
+from megatron_inherit.sharing.expand import use_layers
 from megatron_inherit.sharing.learngene import require_plan
 
 if TYPE_CHECKING:
@@ -40,13 +41,13 @@ def probe_placements(
     Returns:
         Mean next-token loss in nats by placement.
     """
-    first = require_plan(learngene).first_layers
+    plan = require_plan(learngene)
     losses: dict[Placement, float] = {}
     model = None
     for placement in placements:
         if model is None:
             model = build_single(learngene.config.with_layers(len(placement))).eval()
-        load_chunk(model, _reader(learngene, [first[stage] for stage in placement]))
+        load_chunk(model, _reader(learngene, use_layers(plan, placement)))
         losses[placement] = _mean_loss(model, tokens, batch)
         if progress is not None:
             progress(placement, losses[placement])

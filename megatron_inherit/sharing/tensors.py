@@ -45,7 +45,7 @@ def by_first_layer(read: Callable[..., Any], plan: StagePlan) -> Callable[..., A
 
     def stored(what: TensorSpec | str, *more: Any) -> Any:
         if isinstance(what, str):
-            return read(first_user(what, plan), *more)
+            return read(first_user(what, plan), *more)  # a layer's own tensors keep their names
         return read(dataclasses.replace(what, name=first_user(what.name, plan)), *more)
 
     return stored

@@ -44,6 +44,8 @@ def sharing_of(config: RunConfig, model: ModelConfig, source: Source | None) -> 
         allow_cross_rank=section.allow_cross_rank,
         gradient=section.gradient,
         guard_every_steps=section.guard_every_steps,
+        gates=section.gates,
+        low_rank=section.low_rank,
     )
 
 

@@ -168,3 +168,24 @@ def test_a_pull_keeps_the_layers_of_a_stage_together(work, trained):
         first, second, *_ = matrices(work / name, "mlp.up.weight")
         spread[weight] = np.abs(first - second).mean()
     assert spread["3.0"] < 0.5 * spread["0.0001"]
+
+
+@pytest.mark.parametrize("option", ["sharing.gates=true", "sharing.low_rank=3"])
+def test_what_layers_have_of_their_own_is_kept_and_folded(work, trained, option, capsys):
+    name = option.replace("=", "-")
+    whole, parts = f"{name}-whole", f"{name}-parts"
+    assert main(["train", recipe(work, whole), option, "optimizer.lr=0.05"]) == 0
+    assert losses(work, whole)[5][1] != losses(work, "plain")[5][1]
+    assert main(["train", recipe(work, parts), option, "optimizer.lr=0.05", "train.stop_after=3"]) == 75
+    assert main(["train", recipe(work, parts), option, "optimizer.lr=0.05"]) == 0
+    assert losses(work, parts) == losses(work, whole)
+    assert main(["share", "extract", str(work / whole), str(work / "no-gene")]) == 3
+    windows = str(work / "windows.safetensors")
+    assert (
+        main(
+            ["share", "family", str(work / whole), str(work / f"{name}-family"), "--depths", "8", "--windows", windows]
+        )
+        == 0
+    )
+    found = json.loads((work / f"{name}-family" / "family.json").read_text())
+    assert found["members"][0]["loss"] == pytest.approx(rows(work, whole, "eval")[-1]["loss"], abs=1e-4)

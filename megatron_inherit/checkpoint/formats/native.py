@@ -34,7 +34,7 @@ from megatron_inherit.base.faults import fault
 from megatron_inherit.checkpoint.extents import Extent, Piece, check_cover, flat_pieces
 from megatron_inherit.checkpoint.files import FilePool
 from megatron_inherit.checkpoint.formats.safetensors_file import build_header, read_header
-from megatron_inherit.checkpoint.stages import KEY, PREFIX, read_ids, share_names
+from megatron_inherit.checkpoint.stages import KEY, LAYER_PREFIX, PREFIX, fold_own, read_ids, share_names
 from megatron_inherit.checkpoint.stream import SideFile, Source, StoredTensor
 
 FORMAT, VERSION = "megatron_inherit", 1
@@ -211,9 +211,11 @@ def open_source(path: str | Path) -> Source:
     config = ModelConfig.from_json(state["model"])
     stored = {key: _stored(key, shape, dtype, pieces[key]) for key, (shape, dtype) in kinds.items()}
     details = {key: value for key, value in manifest.items() if key != "files"}
+    own: dict[str, StoredTensor] = {}
     if any(key.startswith(PREFIX) for key in stored):
         ids = read_ids(state.get("hf_config") or {}, config, str(folder / STATE))
-        stored = share_names(stored, config, ids, str(folder))
+        own = {key: tensor for key, tensor in stored.items() if LAYER_PREFIX in key}
+        stored = fold_own(share_names(stored, config, ids, str(folder)), own, pool)
         details[KEY] = {name: list(values) for name, values in ids.items()}
     return Source(
         format="native",
@@ -221,6 +223,7 @@ def open_source(path: str | Path) -> Source:
         config=config,
         tensors={spec.name: stored[spec.name] for spec in enumerate_tensors(config) if spec.name in stored},
         optimizer={key: value for key, value in stored.items() if ":" in key},
+        own=own,
         side_files=tuple(SideFile(file.name, str(file)) for file in sorted(folder.glob(f"{SIDE}/*"))),
         hf_config=state.get("hf_config"),
         details=details,

@@ -27,8 +27,8 @@ from megatron_inherit.model.groups import leave_processes, make_groups, start_pr
 from megatron_inherit.model.language_model import LanguageModel
 from megatron_inherit.model.load import Reader, load_chunk
 from megatron_inherit.model.pieces import pieces_of
-from megatron_inherit.sharing.aux_model import share_stages
 from megatron_inherit.sharing.partition import Partition
+from megatron_inherit.sharing.relax import share_model
 from megatron_inherit.sharing.stage_plan import unshared
 from megatron_inherit.sharing.tensors import by_first_layer
 
@@ -89,7 +89,7 @@ class DeepSpeedEngine:
         with context:
             model = next(build_chunks(self.config, core, self.groups, self.device))
         if self.options.sharing is not None:
-            share_stages([model], self.options.sharing.plan)
+            share_model([model], self.options.sharing)
         return model
 
     def _objective(self, distill: Distill) -> Distillation:

@@ -27,10 +27,10 @@ from megatron_inherit.model.cpu import cuda_means_cpu
 from megatron_inherit.model.groups import leave_processes, make_groups, start_processes
 from megatron_inherit.model.language_model import LanguageModel
 from megatron_inherit.model.load import Reader, load_chunk
-from megatron_inherit.sharing.aux_model import share_stages
 from megatron_inherit.sharing.options import Sharing
 from megatron_inherit.sharing.pipeline import check_hook_counts, tie_stages
 from megatron_inherit.sharing.regularise import keep_zeros, soft_tie
+from megatron_inherit.sharing.relax import share_model
 from megatron_inherit.sharing.stage_plan import unshared
 from megatron_inherit.sharing.tensors import by_first_layer
 
@@ -61,7 +61,7 @@ class MegatronEngine:
             **model_fields(options),
         )
         self.chunks = list(build_chunks(config, self.core, self.groups, self.device))
-        shared = share_stages(self.chunks, options.sharing.plan) if options.sharing else {}
+        shared = share_model(self.chunks, options.sharing) if options.sharing else {}
         for chunk in self.chunks:
             load_chunk(chunk, read)
         self.edits = [keep_zeros(self.chunks)] if options.keep_zeros else []
