@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_inherit.arch.model_config import ModelConfig
 from megatron_inherit.arch.tensors import enumerate_tensors
-from megatron_inherit.base.errors import PlanError
+from megatron_inherit.base.errors import CheckpointError, PlanError
 from megatron_inherit.checkpoint.formats.hf_config import student_config, write_config
 from megatron_inherit.checkpoint.provenance import read_provenance
 from megatron_inherit.checkpoint.stream import Source, StoredTensor
@@ -97,13 +97,18 @@ def optimizer_ops(sources: Mapping[str, str], source: Source) -> list[Copy]:
 
     Raises:
         PlanError: The source has no optimizer state.
+        CheckpointError: It has, in a layout that cannot be taken apart.
     """
     kinds = sorted({key.partition(":")[0] for key in source.optimizer})
+    if not kinds and source.details.get("optimizer_note"):
+        raise CheckpointError(
+            f"The optimizer state of {source.path} ({source.format}) cannot be taken along.",
+            fix=str(source.details["optimizer_note"]),
+        )
     if not kinds:
         raise PlanError(
             f"{source.path} ({source.format}) has no optimizer state that can be taken along.",
-            fix=source.details.get("optimizer_note")
-            or "Leave --optimizer keep out, or give a DeepSpeed or Megatron checkpoint that has it.",
+            fix="Leave --optimizer keep out, or give a DeepSpeed or Megatron checkpoint that has it.",
         )
     return [copy_op(target, name, source, None, kind) for target, name in sources.items() for kind in kinds]
 

@@ -21,6 +21,7 @@ from megatron_inherit.checkpoint.formats.megatron_names import DIALECTS, megatro
 from megatron_inherit.checkpoint.formats.pickle_reader import fields
 from megatron_inherit.checkpoint.layout import LayoutRow, physical_tensors
 
+_PLAIN = "language_model."
 _PREFIXES = ("", "module.", "model.", "module.model.")
 
 
@@ -83,6 +84,35 @@ def find_rows(names: Iterable[str], config: ModelConfig, *, where: str) -> tuple
             f"{where}: the names of its parameters belong to no known model.", got=", ".join(sorted(found)[:3])
         )
     return best[1:]
+
+
+def plain_names(names: Iterable[str]) -> dict[str, str]:
+    """Renames the parameters of a pipelined Megatron-DeepSpeed model (``GPTModelPipe``) as those of its plain one.
+
+    Pipelines name a parameter by the index of its layer in the pipeline, which counts reshapes and the embedding too,
+    so blocks are numbered by the order of the indices that have attention.
+
+    Args:
+        names: Names of the parameters.
+
+    Returns:
+        The plain name of each; names of other models stay as they are.
+    """
+    found = list(names)
+    numbered = {name: match for name in found if (match := re.fullmatch(r"(\d+)\.(.*)", name))}
+    blocks = sorted({int(match[1]) for match in numbered.values() if "attention." in match[2]})
+    renamed = {name: name.replace("tied_modules.embed.", f"{_PLAIN}embedding.") for name in found}
+    for name, match in numbered.items():
+        index, rest = int(match[1]), match[2]
+        if index in blocks:
+            renamed[name] = f"{_PLAIN}encoder.layers.{blocks.index(index)}.{rest}"
+        elif rest.endswith("_embeddings.weight"):
+            renamed[name] = f"{_PLAIN}embedding.{rest}"
+        elif rest == "lm_head.weight":
+            renamed[name] = f"{_PLAIN}output_layer.weight"
+        elif rest in ("weight", "bias"):
+            renamed[name] = f"{_PLAIN}encoder.final_layernorm.{rest}"
+    return renamed
 
 
 def tied_names(config: ModelConfig) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import xxhash
 from megatron_inherit.base.errors import CheckpointError
 from megatron_inherit.checkpoint.extents import Extent
 from megatron_inherit.checkpoint.formats.bind import bind_shards, in_order
-from megatron_inherit.checkpoint.formats.ds_model import find_config, find_rows, tied_names
+from megatron_inherit.checkpoint.formats.ds_model import find_config, find_rows, plain_names, tied_names
 from megatron_inherit.checkpoint.formats.ds_universal_sink import make_sink
 from megatron_inherit.checkpoint.formats.megatron_names import IGNORED
 from megatron_inherit.checkpoint.formats.pickle_reader import read_torch
@@ -45,7 +45,8 @@ def open_source(path: str) -> Source:
         )
     states = model_states(folder)
     config, raw = find_config(folder, states)
-    names = {entry.name: entry for entry in (folder / "zero").iterdir() if entry.is_dir()}
+    entries = {entry.name: entry for entry in (folder / "zero").iterdir() if entry.is_dir()}
+    names = {plain: entries[name] for name, plain in plain_names(entries).items()}
     dialect, prefix, rows = find_rows(names, config, where=str(folder))
     here = {name.removeprefix(prefix): entry for name, entry in names.items()}
     wanted = list(physical_tensors(rows, config))

@@ -65,7 +65,7 @@ def open_source(path: str) -> Source:
     config, raw = find_config(folder, states[0])
     shards = [_flat(ranks, state, folder) for ranks, state in zip(grid, states, strict=True)]
     dialect, prefix, rows = find_rows(shards[0]["fp32"], config, where=str(folder))
-    if len(shards) > 1 and (dialect == "hf" or states[0].get("pipeline_parallel_size", 1) != 1):
+    if len(shards) > 1 and dialect == "hf":
         raise CheckpointError(
             f"{folder} has {len(shards)} model-parallel ranks, whose layout it does not tell.",
             fix="Convert it with DeepSpeed's ds_to_universal.py first.",

@@ -78,14 +78,17 @@ def open_source(path: str) -> Source:
         raise CheckpointError(f"{where}: checkpoint_version {first.version} has no grouped queries.")
     rows = megatron_rows(config, dialect, qkv=order)
     tensors = bind_tensors(config, rows, by_rank, where=str(folder), ignored=_ignored(config))
-    details = {
+    details: dict[str, Any] = {
         "iteration": first.iteration,
         "tp": tp,
         "pp": pp,
         "vpp": vpp,
         "dialect": dialect,
         "checkpoint_version": first.version,
+        "optimizer_note": "Optimizer state in mp_rank files is not read: save it as torch_dist, fully reshardable.",
     }
+    if not first.args.get("vocab_size"):
+        details["vocabulary"] = "padded: Megatron did not record the true size"
     identity = {f"{rank.file.parent.name}/{_FILE}": rank_hash for rank, rank_hash in _hashes(grid)}
     return Source("megatron", path, config, tensors, details=details, identity=identity)
 

@@ -1,7 +1,9 @@
 """ZeRO partitions written by hand: every cut a real run could make, and ones that it makes rarely; refusals."""
 
+import dataclasses
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -30,11 +32,15 @@ def parameters(config, arrays):
 
 def save_zero(folder, config, arrays, *, stage, world, groups, cuts=()):
     """Saves partitions as DeepSpeed does; ``cuts`` moves the borders between ZeRO-3's flat groups."""
-    tag = folder / "global_step7"
-    tag.mkdir(parents=True)
-    (folder / "latest").write_text("global_step7")
+    save_partitions(folder, parameters(config, arrays), stage=stage, world=world, groups=groups, cuts=cuts)
     (folder / "config.json").write_text(json.dumps(write_config(config, "F32")))
-    named = parameters(config, arrays)
+    return folder
+
+
+def save_partitions(folder, named, *, stage, world, groups, cuts=(), mp=0, **states):
+    tag = folder / "global_step7"
+    tag.mkdir(parents=True, exist_ok=True)
+    (folder / "latest").write_text("global_step7")
     shapes = [{name: tuple(named[name].shape) for name in group} for group in groups]
     for rank in range(world):
         parts = [partition(named, group, stage, world, rank) for group in groups]
@@ -53,11 +59,10 @@ def save_zero(folder, config, arrays, *, stage, world, groups, cuts=()):
             base: {"state": moments, "param_groups": []},
             weights: parts,
         }
-        torch.save({"optimizer_state_dict": state}, tag / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")
-        name = f"zero_pp_rank_{rank}_mp_rank_00" if stage == 3 else "mp_rank_00"
+        torch.save({"optimizer_state_dict": state}, tag / f"zero_pp_rank_{rank}_mp_rank_{mp:02d}_optim_states.pt")
+        name = f"zero_pp_rank_{rank}_mp_rank_{mp:02d}" if stage == 3 else f"mp_rank_{mp:02d}"
         model = {"param_shapes": shapes, "global_steps": 7, "shared_params": {}, "frozen_param_shapes": None}
-        torch.save(model, tag / f"{name}_model_states.pt")
-    return folder
+        torch.save({**model, **states}, tag / f"{name}_model_states.pt")
 
 
 def partition(named, group, stage, world, rank):
@@ -211,3 +216,40 @@ def test_universal_weights_must_be_fp32(tmp_path):
     arrays = numbered_arrays(CONFIG)
     with pytest.raises(CheckpointError, match="--dtype fp32"):
         write_checkpoint(tmp_path / "out", CONFIG, arrays, "ds_universal", dtype="BF16")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_names_of_a_pipeline_are_understood(tmp_path, family):
+    """Megatron-DeepSpeed's GPTModelPipe: numbers of the pipeline's layers, here 1 the embedding, 3 and 4 blocks."""
+    config = dataclasses.replace(FAMILIES[family], num_layers=2)
+    arrays = numbered_arrays(config)
+    write_checkpoint(tmp_path, config, arrays, "ds_universal", dialect="legacy_layernorm")
+    for folder in (tmp_path / "global_step0" / "zero").iterdir():
+        name = folder.name.replace("language_model.embedding.", "1.")
+        name = re.sub(r"language_model\.encoder\.layers\.(\d+)\.", lambda match: f"{int(match[1]) + 3}.", name)
+        name = name.replace("language_model.encoder.final_layernorm.", "6.")
+        folder.rename(folder.parent / name.replace("language_model.output_layer.", "7.lm_head."))
+    with ds_universal.open_source(str(tmp_path)) as source:
+        assert_equal(read_arrays(source), arrays)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_tensor_parallel_ranks_of_megatron_deepspeed(tmp_path, stage):
+    """TP 2 x DP 3: every rank's [gate; up], query groups and padded vocabulary, in flat partitions."""
+    config = llama(num_layers=2)
+    arrays = numbered_arrays(config)
+    write_checkpoint(tmp_path / "megatron", config, arrays, "megatron", tp=2, dialect="legacy_layernorm")
+    for mp in range(2):
+        path = tmp_path / "megatron" / "release" / f"mp_rank_{mp:02d}" / "model_optim_rng.pt"
+        value = torch.load(path, weights_only=False)
+        named = flatten(value["model"])
+        save_partitions(tmp_path / "run", named, stage=stage, world=3, groups=[list(named)], mp=mp, args=value["args"])
+    check(tmp_path / "run", arrays)
+
+
+def flatten(value, prefix=""):
+    if isinstance(value, dict):
+        return {
+            name: tensor for key, item in value.items() for name, tensor in flatten(item, f"{prefix}{key}.").items()
+        }
+    return {prefix[:-1]: value}

@@ -20,6 +20,7 @@ from megatron_inherit.base.errors import CheckpointError
 from megatron_inherit.checkpoint.formats import torch_dist
 from megatron_inherit.checkpoint.formats.dcp_metadata import read_metadata, write_metadata
 from megatron_inherit.checkpoint.formats.torch_dist_link import link_checkpoint
+from megatron_inherit.plan.convert import plan_conversion
 from tests.support.checkpoints import (
     FAMILIES,
     assert_equal,
@@ -275,3 +276,5 @@ class TestRefusals:
             assert "--dist-ckpt-optim-fully-reshardable" in source.details["optimizer_note"]
             assert not source.optimizer
             read_arrays(source)
+            with pytest.raises(CheckpointError, match="--dist-ckpt-optim-fully-reshardable"):
+                plan_conversion(source, optimizer=True)
