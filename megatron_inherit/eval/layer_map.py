@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+from megatron_inherit.plan.plan import checkpoint_name
 
 _BLOCK = re.compile(r"layers\.(\d+)\.(attn_norm|mlp_norm|attn|mlp)\.(q_norm|k_norm)?")
 _OUTSIDE = ("embed", "pos_embed", "final_norm", "head")
@@ -198,4 +199,4 @@ def map_of(inherit: Mapping[str, Any]) -> tuple[str, LayerMap] | None:
     origins = [
         Origin(op["target"], op["op"], op.get("source") or next(iter(op.get("sources", ())), None)) for op in ops
     ]
-    return Path(origin["path"]).name, draw_map(origins, teacher_layers=origin["config"]["num_layers"])
+    return checkpoint_name(origin["path"]), draw_map(origins, teacher_layers=origin["config"]["num_layers"])

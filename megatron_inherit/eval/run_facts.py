@@ -23,6 +23,8 @@ class Arm:
         devices: Processes of the run, one a device.
         device_hours: Wall time times devices.
         fingerprint: Of the evaluation windows.
+        is_baseline: The randomly initialised arm, to which gaps are taken.
+        is_teacher: Another arm's student was cut from it.
     """
 
     label: str
@@ -44,6 +46,7 @@ class Arm:
     fingerprint: str
     gap: float | None = None
     is_baseline: bool = False
+    is_teacher: bool = False
 
     @property
     def device_hours(self) -> float | None:
@@ -59,10 +62,11 @@ class Machine:
 
 
 def arms_of(runs: Sequence[Run]) -> list[Arm]:
-    """Tabulates runs; gaps are taken to the randomly initialised arm where all share their evaluation windows."""
-    arms = [_arm(run) for run in runs]
-    baseline = next((arm for arm in arms if arm.init == "random" and arm.loss is not None), None)
-    if baseline is None or len(arms) < 2:
+    """Tabulates runs; gaps are taken to the random arm, by arms of its depth on the same evaluation windows."""
+    arms = [dataclasses.replace(_arm(run), is_teacher=any(run.is_teacher_of(other) for other in runs)) for run in runs]
+    random = [arm for arm in arms if arm.init == "random" and arm.loss is not None]
+    baseline = max(random, key=lambda arm: _comparable(arm, arms), default=None)
+    if baseline is None or _comparable(baseline, arms) < 2:
         return arms
     return [_against(arm, baseline) for arm in arms]
 
@@ -98,13 +102,19 @@ def _arm(run: Run) -> Arm:
 
 
 def _init(run: Run) -> str:
-    if (run.recipe.get("model") or {}).get("init") == "random":
+    ops = (run.inheritance.get("plan") or {}).get("ops") or ()
+    if (run.recipe.get("model") or {}).get("init") == "random" or (ops and all(op["op"] == "init" for op in ops)):
         return "random"
     return "inherited" if run.inheritance else "given weights"
 
 
+def _comparable(baseline: Arm, arms: Sequence[Arm]) -> int:
+    """Counts the arms, itself included, of its depth and its evaluation windows."""
+    return sum((arm.layers, arm.fingerprint) == (baseline.layers, baseline.fingerprint) for arm in arms)
+
+
 def _against(arm: Arm, baseline: Arm) -> Arm:
-    same = arm.fingerprint == baseline.fingerprint and arm.loss is not None and baseline.loss is not None
+    same = _comparable(baseline, [arm]) and arm.loss is not None
     gap = arm.loss - baseline.loss if same and arm is not baseline else None  # type: ignore[operator]
     return dataclasses.replace(arm, gap=gap, is_baseline=arm is baseline)
 

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,17 @@ from megatron_inherit.plan.functions import function
 from megatron_inherit.plan.ops import Compute, Copy, Op, Tie, op_from_json
 
 VERSION = 1
+_STEP_FOLDER = re.compile(r"step_0*(\d+)")
+
+
+def checkpoint_name(path: str) -> str:
+    """Names a checkpoint for people: ``RUN/checkpoints/step_00000600`` is ``RUN at step 600``."""
+    *above, last = path.rstrip("/").split("/")
+    step = _STEP_FOLDER.fullmatch(last)
+    if step is None or len(above) < 2:
+        return last
+    run = above[-2] if above[-1] == "checkpoints" else above[-1]
+    return f"{run} at step {step[1]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +55,8 @@ class Origin:
 
     @property
     def name(self) -> str:
-        """Last part of the path."""
-        return self.path.rstrip("/").rpartition("/")[2]
+        """Last part of the path; for a checkpoint of a run, the run's folder and the step."""
+        return checkpoint_name(self.path)
 
 
 @dataclass(frozen=True, kw_only=True)

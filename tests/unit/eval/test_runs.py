@@ -61,6 +61,21 @@ def test_gaps_are_to_the_random_arm_and_only_on_equal_windows(tmp_path):
     assert inherit.device_hours == pytest.approx(inherit.seconds / 3600 * 2)
 
 
+def test_a_student_of_fresh_tensors_is_the_random_arm_of_its_depth(tmp_path):
+    for name, ops in (("fresh", ["init", "init"]), ("student", ["copy", "init"])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "inherit.json").write_text(json.dumps({"plan": {"ops": [{"op": op} for op in ops]}}))
+    runs = [
+        load_run(write_run(tmp_path / "teacher", final=2.0, layers=8, init="random")),
+        load_run(write_run(tmp_path / "inherit", final=2.5, model_path="student")),
+        load_run(write_run(tmp_path / "random", final=3.0, model_path="fresh")),
+    ]
+    teacher, inherit, random = arms_of(runs)
+    assert random.is_baseline
+    assert inherit.gap == pytest.approx(-0.5)
+    assert teacher.gap is None
+
+
 def test_a_utilisation_above_the_peak_is_not_shown(tmp_path):
     run = load_run(write_run(tmp_path / "a", mfu=1.33))
     assert run.mfu == pytest.approx(1.33)
