@@ -1,7 +1,7 @@
 """Faults on demand: ``MI_FAULT="<point>:<rank>:<step>:<action>"`` makes a named point of a run fail, for its tests.
 
-Several faults are separated by commas; ``*`` stands for every rank or step. Actions: ``kill``, ``stop`` and ``term``
-send this process SIGKILL, SIGSTOP or SIGTERM, ``raise`` raises RuntimeError, ``full`` raises the error of a full disk,
+Several faults are separated by commas; ``*`` stands for every rank or step. Actions: ``kill``, ``stop``, ``term`` and
+``int`` send this process that signal, ``raise`` raises RuntimeError, ``full`` raises the error of a full disk,
 ``sleep=SECONDS`` sleeps. Without the variable a point costs one look-up.
 """
 
@@ -13,7 +13,7 @@ import signal
 import time
 
 VARIABLE = "MI_FAULT"
-_SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}
+_SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM, "int": signal.SIGINT}
 
 
 def fault(point: str, step: int) -> None:

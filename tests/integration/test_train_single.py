@@ -167,6 +167,9 @@ def test_signals_save_and_end_with_75(tmp_path, corpus, reference):
     assert (tmp_path / "run" / "checkpoints" / "step_00000008" / "manifest.json").is_file()
     ended = train(tmp_path, corpus, fault="mid_shard_write:0:15:term")
     assert ended.codes == [75]
+    ended = train(tmp_path, corpus, fault="after_step:0:18:int")
+    assert ended.codes == [130]
+    assert status(tmp_path / "run")["exit_code"] == 130
     assert train(tmp_path, corpus).codes == [0]
     same(tmp_path / "run", reference)
 
