@@ -53,7 +53,7 @@ def compare_ranks(run: Session, state: RunState) -> None:
         if unequal:
             raise DivergedError(
                 f"Ranks {', '.join(map(str, unequal))} hold other weights than their replicas after step {state.step}.",
-                fix="Check those devices; the run resumes from its last checkpoint.",
+                fix="Check those devices, then run again: it goes on from the last checkpoint.",
             )
     keep(run, state.step, run.saver.poll)
 
@@ -97,6 +97,7 @@ def save_if_due(run: Session, state: RunState, stopping: bool) -> None:
     if not (stopping or last or (due and not state.bad_steps)):
         return
     run.watchdog.progress(state.step, "save")
+    keep(run, state.step, run.saver.finish)
     source = run.plan.source
     stored = resume.stored_state(
         state,
