@@ -7,7 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_inherit.kernels import head
+from megatron_inherit.kernels import head, launch
 from tests.support import triton_interpreter  # noqa: F401  (repairs bfloat16)
 from tests.support.kernel_proof import errors, spread, tensor, transposed
 from tests.support.vocabulary_shards import compare
@@ -33,12 +33,13 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
 
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch):
-    """Fills every new tensor with NaN, cuts heads into chunks of 4 rows and rows of logits into blocks of 64."""
+    """Fills new tensors with NaN, cuts heads into chunks of 4 rows, logits into blocks of 64, sums into two parts."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     assert torch.isnan(torch.empty(3)).all()
     monkeypatch.setitem(head.BUFFER_BYTES, "cpu", 1)
     monkeypatch.setattr(head, "MIN_ROWS", 4)
+    monkeypatch.setattr(launch, "resident_programs", lambda device, num_warps: 2)
     monkeypatch.setattr(lce, "BLOCK", 64)
     monkeypatch.setattr(kl, "BLOCK", 64)
     yield
