@@ -20,6 +20,7 @@ from megatron_inherit.plan.plan import Layout
 from tests.support.checkpoints import llama, random_arrays, read_arrays, write_checkpoint
 from tests.support.deepspeed_world import run_world
 
+pytestmark = pytest.mark.timeout(1800)
 CONFIG = llama(num_layers=2, hidden_size=20, num_heads=4, num_kv_heads=2, head_dim=6, ffn_size=22, vocab_size=37)
 TAG = "global_step2"
 RUNS = {  # name: (ranks, stage, dtype, further options); no size divides by 3, and small groups cut the model

@@ -17,6 +17,7 @@ from tests.support.core_world import run_world
 from tests.unit.checkpoint.formats.test_megatron_legacy import megatron_args
 from tests.unit.checkpoint.formats.test_torch_dist import sources_of
 
+pytestmark = pytest.mark.timeout(1800)
 CONFIGS = {
     "llama": llama(num_heads=8, num_kv_heads=2, head_dim=4),
     "qwen3": llama(family="qwen3", qk_norm=True, head_dim=8, tied=True),

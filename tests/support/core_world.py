@@ -14,7 +14,7 @@ from pathlib import Path
 from megatron_inherit.arch.model_config import ModelConfig
 
 
-def run_world(world: int, job: dict, folder: Path, *, timeout: float = 300) -> None:
+def run_world(world: int, job: dict, folder: Path, *, timeout: float = 900) -> None:
     """Runs ``job`` in ``world`` processes over gloo; raises with the first process's traceback."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

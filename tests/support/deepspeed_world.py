@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 
-def run_world(world: int, cases: list[dict[str, Any]], folder: Path, *, timeout: float = 300) -> None:
+def run_world(world: int, cases: list[dict[str, Any]], folder: Path, *, timeout: float = 900) -> None:
     """Runs all cases in ``world`` processes over gloo; raises with the first process's traceback."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

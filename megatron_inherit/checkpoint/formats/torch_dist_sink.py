@@ -83,36 +83,13 @@ def make_sink(config: ModelConfig, dtypes: Mapping[str, str], options: SinkOptio
             "Optimizer state is not written to torch_dist.", fix="Use --format ds_universal, or --zero-copy slicing."
         )
     stacked = dialect == "homogeneous"
-    places = place_layers(config.num_layers, options.pp, options.vpp)
     padded = padded_vocab_size(config.vocab_size, options.tp, options.vocab_multiple)
     folder = f"iter_{options.iteration:07d}" if options.iteration else "release"
     files = [_File(folder, rank) for rank in range(options.tp * options.pp)]
-    wanted = list(physical_tensors(megatron_rows(config, "te", gate_up="concat"), config))
-    chunks: dict[str, list[Chunk]] = {}
-    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
-    tensors: dict[str, StoredTensor] = {}
-    for tensor in wanted:
-        stage = _stage(tensor, places, options)
-        dtype = common_dtype(tensor, dtypes)
-        key = _key(tensor, stacked)
-        lead = (tensor.layer,) if stacked and tensor.layer is not None else ()
-        shape = tensor.shape(padded_vocab=padded)
-        shapes[key] = dtype, (config.num_layers, *shape) if lead else shape
-        pieces = []
-        for rank, start, size in _boxes(tensor, shape, options.tp):
-            blob, archive = files[stage * options.tp + rank].add(Blank(dtype, (1, *size) if lead else size))
-            extent = archive.extents[0]
-            chunks.setdefault(key, []).append(Chunk((*lead, *start), extent.shape, blob))
-            pieces.append(Piece(start, extent.index(0) if lead else extent))
-        for name, found in tensor.map(pieces).items():
-            part = next(part for part in tensor.parts if part.name == name)
-            tensors[name] = StoredTensor(part.shape, dtype, found)
+    tensors, chunked = _place(config, dtypes, options, files, stacked=stacked, padded=padded)
     state, _ = files[0].add([None])
-    metadata = Metadata(
-        {key: ChunkedTensor(*shapes[key], tuple(found)) for key, found in chunks.items()},
-        dict.fromkeys(_state_keys(config.num_layers, stacked), state),
-    )
-    args = args_from_config(config, options, dtype=common_dtype(wanted[0], dtypes), padded_vocab=padded)
+    metadata = Metadata(chunked, dict.fromkeys(_state_keys(config.num_layers, stacked), state))
+    args = args_from_config(config, options, dtype=tensors["embed.weight"].dtype, padded_vocab=padded)
     common = lay_out(f"{folder}/common.pt", _common(args, options, stacked))
     sizes = {f"{folder}/{file.name}": file.size for file in files} | {f"{folder}/common.pt": common.length}
 
@@ -127,6 +104,36 @@ def make_sink(config: ModelConfig, dtypes: Mapping[str, str], options: SinkOptio
         close(root, folder, metadata, options.iteration)
 
     return Sink("torch_dist", config, in_order(config, tensors), sizes, prepare, finish)
+
+
+def _place(
+    config: ModelConfig,
+    dtypes: Mapping[str, str],
+    options: SinkOptions,
+    files: list[_File],
+    *,
+    stacked: bool,
+    padded: int,
+) -> tuple[dict[str, StoredTensor], dict[str, ChunkedTensor]]:
+    """Gives every chunk its place in the files: the canonical tensors, and the metadata's tensors by key."""
+    places = place_layers(config.num_layers, options.pp, options.vpp)
+    chunks: dict[str, list[Chunk]] = {}
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
+    tensors: dict[str, StoredTensor] = {}
+    for tensor in physical_tensors(megatron_rows(config, "te", gate_up="concat"), config):
+        stage, dtype, key = _stage(tensor, places, options), common_dtype(tensor, dtypes), _key(tensor, stacked)
+        lead = (tensor.layer,) if stacked and tensor.layer is not None else ()
+        shape = tensor.shape(padded_vocab=padded)
+        shapes[key] = dtype, (config.num_layers, *shape) if lead else shape
+        pieces = []
+        for rank, start, size in _boxes(tensor, shape, options.tp):
+            blob, archive = files[stage * options.tp + rank].add(Blank(dtype, (1, *size) if lead else size))
+            extent = archive.extents[0]
+            chunks.setdefault(key, []).append(Chunk((*lead, *start), extent.shape, blob))
+            pieces.append(Piece(start, extent.index(0) if lead else extent))
+        found = tensor.map(pieces)
+        tensors.update({part.name: StoredTensor(part.shape, dtype, found[part.name]) for part in tensor.parts})
+    return tensors, {key: ChunkedTensor(*shapes[key], tuple(found)) for key, found in chunks.items()}
 
 
 def close(root: Path, folder: str, metadata: Metadata, iteration: int) -> None:
