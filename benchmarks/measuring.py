@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import json
 import os
 import platform
@@ -96,6 +98,8 @@ def _child(words: Sequence[str]) -> None:
     import megatron_inherit.inherit.inheritune  # noqa: F401
     from megatron_inherit.cli.main import main
 
+    with contextlib.redirect_stdout(io.StringIO()):
+        main([words[0], "--help"])
     base, peak, stop = _anon(), [0], threading.Event()
 
     def watch() -> None:

@@ -153,7 +153,8 @@ def _lines(plan: TransferPlan, sink: Sink, source: Source | None) -> list[str]:
 def _bytes_to_read(plan: TransferPlan, source: Source | None) -> int:
     if source is None:
         return 0
-    return sum(source.find(name).stored_bytes for op in plan.ops for name in op.inputs)
+    inputs = (source.find(name) for op in plan.ops for name in op.inputs)
+    return sum(stored.nbytes if stored.decode is None else stored.stored_bytes for stored in inputs)
 
 
 def _facts(plan: TransferPlan, sink: Sink, source: Source | None) -> dict[str, Any]:

@@ -1,0 +1,149 @@
+"""The commands around the planner: dry runs, JSON, export, the doors for Megatron users, zero copy."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_inherit.checkpoint.detect import open_source
+from megatron_inherit.checkpoint.formats import native
+from megatron_inherit.cli.main import main
+from tests.support.checkpoints import assert_equal, llama, random_arrays, read_arrays, write_checkpoint
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    return random_arrays(llama())
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory, arrays):
+    folder = write_checkpoint(tmp_path_factory.mktemp("t") / "teacher", llama(), arrays, "hf")
+    (folder / "README.md").write_text("---\nlicense: openrail\n---\n# A teacher\n")
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def test_dry_run_writes_nothing_and_predicts_the_bytes(teacher, tmp_path, capsys):
+    words = ["inherit", str(teacher), str(tmp_path / "s"), "--layers", "2,0", "--reset", "embed"]
+    assert main([*words, "--dry-run", "--json"]) == 0
+    predicted = json.loads(capsys.readouterr().out)
+    assert not list(tmp_path.iterdir())
+    assert main([*words, "--json"]) == 0
+    done = json.loads(capsys.readouterr().out)
+    assert done["plan"] == predicted["plan"]
+    size = (tmp_path / "s" / "model.safetensors").stat().st_size
+    assert done["files"] == predicted["files"] == {"model.safetensors": size}
+    assert predicted["fresh"] == ["embed.weight"]
+    assert done["bytes_read"] >= predicted["bytes_to_read"]
+
+
+def test_every_output_tells_how_it_was_made(teacher, tmp_path):
+    assert main(["inherit", str(teacher), str(tmp_path / "s"), "--layers", "0", "--hash-teacher", "--seed", "4"]) == 0
+    record = json.loads((tmp_path / "s" / "inherit.json").read_text())
+    assert record["seed"] == 4
+    assert set(record["plan"]["origin"]["identity"]) == {"config.json", "model.safetensors"}
+    assert [Path(name).name for name in record["teacher_files"]] == ["model.safetensors"]
+    assert json.loads((tmp_path / "s" / "environment.json").read_text())["packages"]["numpy"] == np.__version__
+    card = (tmp_path / "s" / "README.md").read_text()
+    assert "license: openrail" in card
+    assert "1 blocks out of the 4 of teacher: 0" in card
+
+
+def test_as_published_says_so(teacher, tmp_path, capsys):
+    assert main(["inherit", str(teacher), str(tmp_path / "s"), "--layers", "first:2", "--as-published"]) == 0
+    assert "as in the released Inheritune scripts" in capsys.readouterr().out
+    assert json.loads((tmp_path / "s" / "inherit.json").read_text())["as_published"] is True
+    with open_source(tmp_path / "s") as student, open_source(teacher) as source:
+        assert student.read("head.weight").data.tobytes() == source.read("head.weight").data.tobytes()
+        assert student.read("embed.weight").data.tobytes() != source.read("embed.weight").data.tobytes()
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory, arrays):
+    """A run of two saved steps, the newer one of a rank-split model."""
+    folder = tmp_path_factory.mktemp("run")
+    for step, factor in ((10, 2), (20, 1)):
+        path = folder / "checkpoints" / f"step_{step:08d}"
+        path.mkdir(parents=True)
+        for rank in range(2):
+            native.write_rank(path, rank, list(_parts(arrays, rank, factor)), step=step)
+        state = {"model": llama().to_json(), "licence": "openrail"}
+        (path / "state.json").write_text(json.dumps(state))
+        (path / "side").mkdir()
+        (path / "side" / "tokenizer.json").write_text("{}")
+        native.write_manifest(path, world_size=2, facts={"step": step})
+    return folder
+
+
+def _parts(arrays, rank, factor):
+    for name, values in arrays.items():
+        rows = len(values) // 2
+        part = np.ascontiguousarray(values[rank * rows : (rank + 1) * rows] * np.float32(factor))
+        yield native.StoredPart(
+            name=name,
+            kind="weight",
+            global_shape=values.shape,
+            start=(rank * rows, *(0,) * (values.ndim - 1)),
+            shape=part.shape,
+            flat=None,
+            dtype="F32",
+            data=lambda part=part: part.reshape(-1).view(np.uint8),
+        )
+
+
+def test_export_takes_the_newest_step_of_a_run(run_folder, arrays, tmp_path):
+    assert main(["export", str(run_folder), str(tmp_path / "hf")]) == 0
+    with open_source(tmp_path / "hf") as source:
+        assert_equal(read_arrays(source), arrays)
+        assert source.licence == "openrail"
+    assert (tmp_path / "hf" / "tokenizer.json").read_text() == "{}"
+    assert main(["export", str(run_folder / "checkpoints" / "step_00000010"), str(tmp_path / "old")]) == 0
+    with open_source(tmp_path / "old") as source:
+        assert np.array_equal(source.read("embed.weight").array(), 2 * arrays["embed.weight"])
+
+
+def test_export_refuses_a_damaged_checkpoint(run_folder, tmp_path, capsys):
+    file = run_folder / "checkpoints" / "step_00000010" / "rank_00001.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    assert main(["export", str(file.parent), str(tmp_path / "hf")]) == 5
+    assert "rank_00001.safetensors was changed" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_zero_copy_shares_the_files(teacher, tmp_path, capsys):
+    source, linked, copied = (tmp_path / name for name in ("td", "linked", "copied"))
+    assert main(["convert", str(teacher), str(source), "--format", "torch_dist", "--tp", "2"]) == 0
+    words = ["--layers", "3,0,0", "--format", "torch_dist"]
+    before = {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
+    assert main(["inherit", str(source), str(linked), *words, "--zero-copy"]) == 0
+    assert main(["inherit", str(source), str(copied), *words]) == 0
+    assert main(["verify", str(linked), str(copied)]) == 0
+    assert {path: path.read_bytes() for path in before} == before
+    shared = [path for path in linked.rglob("*.distcp") if path.stat().st_nlink == 2]
+    assert len(shared) == 2
+    assert main(["verify", str(linked), str(linked / "manifest.json")]) == 0
+    capsys.readouterr()
+    assert main(["inherit", str(teacher), str(tmp_path / "no"), *words, "--zero-copy"]) == 2
+    assert "--zero-copy links torch_dist" in capsys.readouterr().err
+    assert main(["inherit", str(source), str(tmp_path / "no"), *words, "--zero-copy", "--reset", "mlp"]) == 2
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.slow
+def test_doors_for_megatron_users(teacher, tmp_path):
+    tools = {"convert": [], "inherit": ["--layers", "first:2"]}
+    for name, more in tools.items():
+        command = [sys.executable, ROOT / "tools" / f"{name}_checkpoint.py", teacher, tmp_path / name, *more]
+        variables = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / name / "config.json").is_file()
