@@ -31,6 +31,7 @@ def export(
     from megatron_inherit.checkpoint.dtypes import parse_dtype
     from megatron_inherit.checkpoint.formats import native
     from megatron_inherit.cli.transfer import run_transfer
+    from megatron_inherit.eval.card import complete_card, run_of
     from megatron_inherit.plan.convert import plan_conversion
     from megatron_inherit.plan.plan import Layout
 
@@ -42,6 +43,9 @@ def export(
             native.verify(Path(source.path))
         plan = plan_conversion(source, layout=layout, dtype=parse_dtype(dtype) if dtype else None)
         run_transfer(plan, source, folder, dry_run=dry_run, as_json=as_json, overwrite=overwrite)
+    run = run_of(Path(checkpoint))
+    if run is not None and not dry_run:
+        complete_card(folder, run)
     if hub is not None and not dry_run:
         api = hub.HfApi()
         name = api.create_repo(repository or folder.name, private=not public, exist_ok=True).repo_id

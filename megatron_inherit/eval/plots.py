@@ -209,12 +209,20 @@ def points(
 
 
 @_themed
-def curves_and_table(curves: Sequence[Curve], header: Sequence[str], rows: Sequence[Sequence[str]]) -> Figure:
+def curves_and_table(
+    curves: Sequence[Curve],
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    reference: tuple[str, float] | None = None,
+) -> Figure:
     """Draws the loss curves with the arms' table below, for places that show a picture but no page."""
     table_height = 0.32 * (len(rows) + 1) + 0.2
     figure = require("matplotlib.figure", "plots").Figure(figsize=(9.6, 4.4 + table_height), layout="constrained")
     top, below = figure.subplots(2, 1, height_ratios=(4.4, table_height))
-    _draw_losses(figure, top, curves, None, "validation loss (nats)")
+    _draw_losses(figure, top, curves, reference, "validation loss (nats)")
+    if reference is not None:
+        top.axhline(reference[1], color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
     below.axis("off")
     table = below.table([list(row) for row in rows], colLabels=list(header), loc="upper center", edges="horizontal")
     table.auto_set_font_size(False)

@@ -25,6 +25,13 @@ from megatron_inherit.eval.runs import Run, find_runs, read_json
 
 MISSING = "\N{EN DASH}"
 LONG_BUDGETS = (10**9, 50 * 10**9)
+MAP_KEY = (
+    ("kept", "the teacher's bytes"),
+    ("made", "computed from the teacher's"),
+    ("fresh", "fresh, seeded initialisation"),
+    ("tied", "tied to the embedding"),
+    ("dropped", "not inherited"),
+)
 MFU_FORMULAS = {
     "palm": "6N + 12Lhs FLOPs a token (PaLM; N matrix parameters, L blocks, h width of all heads, s sequence length)",
     "causal": "6N + 6Lhs FLOPs a token: as PaLM's, with the half of attention that a causal mask computes",
@@ -74,6 +81,8 @@ def render(
 ) -> str:
     """Gives the page's HTML; nothing in it is fetched from elsewhere."""
     arms = arms_of(runs)
+    students = [run for run, arm in zip(runs, arms, strict=True) if not arm.is_teacher]
+    teacher = next(((arm.label, arm.loss) for arm in arms if arm.is_teacher and arm.loss is not None), None)
     maps = _maps(runs)
     page = {
         "title": title or _title(runs, maps),
@@ -86,7 +95,9 @@ def render(
         "show_blocks": _differs([arm.layers for arm in arms]),
         "show_parameters": _differs([arm.parameters for arm in arms]),
         "maps": maps,
-        "charts": [*_loss_charts(runs), *_sweep_chart(arms)],
+        "map_key": [(state, words) for state, words in MAP_KEY if any(drawing.has(state) for *_, drawing in maps)],
+        "best": min((arm for arm in arms if arm.loss is not None and not arm.is_teacher), key=_loss, default=None),
+        "charts": [*_loss_charts(students, teacher), *_sweep_chart([arm for arm in arms if not arm.is_teacher])],
         "evaluations": [(run.label, result) for run in runs for result in run.evaluations],
         "analyses": [_drawn(drawing) for analysis in analyses for drawing in drawings_of(analysis)],
         "machines": _machines(runs),
@@ -115,7 +126,9 @@ def picture_of(runs: Sequence[Run]) -> bytes:
         )
         for arm in arms
     ]
-    return plots.to_png(plots.curves_and_table(_eval_curves(runs), header, rows))
+    students = [run for run, arm in zip(runs, arms, strict=True) if not arm.is_teacher]
+    teacher = next(((arm.label, arm.loss) for arm in arms if arm.is_teacher and arm.loss is not None), None)
+    return plots.to_png(plots.curves_and_table(_eval_curves(students), header, rows, reference=teacher))
 
 
 def _differs(values: Sequence[Any]) -> bool:
@@ -162,7 +175,7 @@ def _maps(runs: Sequence[Run]) -> list[tuple[str, str, LayerMap]]:
     seen: dict[str, tuple[str, str, LayerMap]] = {}
     for run in runs:
         found = map_of(run.inheritance)
-        if found is not None:
+        if found is not None and found[1].links:
             teacher, drawing = found
             seen.setdefault(repr((teacher, drawing.boxes, drawing.links)), (run.label, teacher, drawing))
     return list(seen.values())
@@ -193,11 +206,15 @@ def _train_curves(runs: Sequence[Run], points: int = 120) -> list[plots.Curve]:
     return [curve for curve in curves if curve.x]
 
 
-def _loss_charts(runs: Sequence[Run]) -> list[Chart]:
+def _loss(arm: Arm) -> float:
+    return math.inf if arm.loss is None else arm.loss
+
+
+def _loss_charts(runs: Sequence[Run], teacher: tuple[str, float] | None) -> list[Chart]:
     charts = []
     if curves := _eval_curves(runs):
         note = "Fixed windows, the same for every arm. Bands: one standard error over the windows."
-        charts.append(_chart("Validation loss", note, plots.loss_curves, curves))
+        charts.append(_chart("Validation loss", note, plots.loss_curves, curves, reference=teacher))
     if curves := _train_curves(runs):
         note = "Mean over equal stretches of steps, before each update."
         charts.append(_chart("Training loss", note, plots.loss_curves, curves, ylabel="training loss (nats)"))

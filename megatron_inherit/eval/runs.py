@@ -76,16 +76,29 @@ class Run:
         name = (self.recipe.get("model") or {}).get("path")
         if not name:
             return None
-        candidates = (Path(name), self.path / name, self.path.parent / name)
-        return next((folder for folder in candidates if folder.is_dir()), None)
+        places = (Path(), self.path, *self.path.absolute().parents)
+        return next((place / name for place in places if (place / name).is_dir()), None)
 
-    @property
+    @cached_property
     def inheritance(self) -> Row:
         """inherit.json of the run or of the folder it started from, or nothing."""
         for folder in (self.path, self.student_folder):
             if folder is not None and (folder / "inherit.json").is_file():
                 return read_json(folder / "inherit.json")
         return {}
+
+    @property
+    def plan(self) -> Row:
+        """The transfer plan of its inheritance, or nothing."""
+        return self.inheritance.get("plan") or {}
+
+    def is_teacher_of(self, other: Run) -> bool:
+        """Tells whether the other run's student was cut from this run's checkpoints."""
+        taken = (other.plan.get("origin") or {}).get("path")
+        if not taken or other is self:
+            return False
+        own, parts = self.path.absolute().parts, Path(taken).parts
+        return any(own == parts[:end] or own[-end:] == parts[:end] for end in range(len(parts), 0, -1) if end > 1)
 
     @property
     def evaluations(self) -> list[Row]:
