@@ -74,7 +74,7 @@ def _train(case: dict[str, Any], rank: int, world: int) -> None:
         model.bfloat16()
     plain = [p for p in model.parameters() if p.dim() == 1]
     decayed = [p for p in model.parameters() if p.dim() > 1]
-    optimizer = torch.optim.AdamW([{"params": decayed}, {"params": plain, "weight_decay": 0.0}], lr=1e-2)
+    optimizer = torch.optim.AdamW([{"params": decayed}, {"params": plain}], lr=1e-2)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=options)
     if case.get("load"):
         engine.load_checkpoint(case["load"], tag=case["tag"])
