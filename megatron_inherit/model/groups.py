@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ def start_processes(*, timeout_s: float = 600.0) -> torch.device:
     Reads ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT``, which launchers set. Does
     nothing where the processes are joined already.
     """
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
