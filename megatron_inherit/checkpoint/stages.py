@@ -22,6 +22,8 @@ KEY = "sws"
 PREFIX = "sws.stages."
 LAYER_PREFIX = "sws.layers."
 """What a layer has of its own beside its stage: ``gate.*``, ``up.*`` and ``down.*``."""
+UNFOLDED = "unfolded"
+"""Kind under which a weight is read as it is stored, for the run that goes on with its gates and factors."""
 DOWN_OF = {
     "attn.q": "attn.qkv",
     "attn.k": "attn.qkv",

@@ -136,7 +136,8 @@ class Source:
         tensors: Weights by canonical name, in the order of ``enumerate_tensors``.
         optimizer: fp32 weights and moments where the checkpoint has them, keyed ``fp32:NAME``, ``exp_avg:NAME`` and
             ``exp_avg_sq:NAME``.
-        own: With shared stages, what layers have of their own, by its stored name (and ``KIND:NAME``).
+        own: With shared stages, what layers have of their own, by its stored name (and ``KIND:NAME``); then also all
+            weights before that is folded into them, as ``unfolded:NAME``.
         side_files: What travels with the weights.
         hf_config: The teacher's ``config.json``, for formats that carry one.
         details: JSON-able facts for ``inspect`` (parallel sizes, iteration, version).

@@ -38,7 +38,7 @@ def make_cache(
         The number of samples in the cache.
 
     Raises:
-        ConfigError: The recipe names no teacher.
+        ConfigError: The recipe names no teacher, or more entries are asked for than there are tokens.
     """
     from megatron_inherit.distill.teacher import target_predictor
     from megatron_inherit.model.build import DTYPES
@@ -54,7 +54,6 @@ def make_cache(
         raise ConfigError("More entries than tokens.", got=entries, expected=f"at most {teacher.config.vocab_size}")
     loader = open_run_loader(plan, 0)
     count = samples or plan.total_samples
-    loader.require(count)
     wanted = Manifest(
         key=cache_key(teacher, loader, temperature=config.distill.temperature),
         method=method,

@@ -51,6 +51,20 @@ def by_first_layer(read: Callable[..., Any], plan: StagePlan) -> Callable[..., A
     return stored
 
 
+def restoring(read: Callable[..., Any], plan: StagePlan, *, relaxed: bool) -> Callable[..., Any]:
+    """Turns a reader of a stored state (name, kind, box) into one for a model with shared stages.
+
+    Args:
+        read: By canonical name.
+        plan: The stages that ask.
+        relaxed: Layers have something of their own, which must not be folded into the weights.
+    """
+    stored = by_first_layer(read, plan)
+    if not relaxed:
+        return stored
+    return lambda name, kind, box: stored(name, stages.UNFOLDED if kind == "weight" else kind, box)
+
+
 def enumerate_stored(config: ModelConfig, plan: StagePlan) -> tuple[TensorSpec, ...]:
     """Lists what an auxiliary model stores, each tensor once, in the order of first use.
 

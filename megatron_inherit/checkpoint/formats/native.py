@@ -34,7 +34,7 @@ from megatron_inherit.base.faults import fault
 from megatron_inherit.checkpoint.extents import Extent, Piece, check_cover, flat_pieces
 from megatron_inherit.checkpoint.files import FilePool
 from megatron_inherit.checkpoint.formats.safetensors_file import build_header, read_header
-from megatron_inherit.checkpoint.stages import KEY, LAYER_PREFIX, PREFIX, fold_own, read_ids, share_names
+from megatron_inherit.checkpoint.stages import KEY, LAYER_PREFIX, PREFIX, UNFOLDED, fold_own, read_ids, share_names
 from megatron_inherit.checkpoint.stream import SideFile, Source, StoredTensor
 
 FORMAT, VERSION = "megatron_inherit", 1
@@ -215,7 +215,10 @@ def open_source(path: str | Path) -> Source:
     if any(key.startswith(PREFIX) for key in stored):
         ids = read_ids(state.get("hf_config") or {}, config, str(folder / STATE))
         own = {key: tensor for key, tensor in stored.items() if LAYER_PREFIX in key}
-        stored = fold_own(share_names(stored, config, ids, str(folder)), own, pool)
+        stored = share_names(stored, config, ids, str(folder))
+        if own:
+            own |= {f"{UNFOLDED}:{name}": tensor for name, tensor in (stored | own).items() if ":" not in name}
+            stored = fold_own(stored, own, pool)
         details[KEY] = {name: list(values) for name, values in ids.items()}
     return Source(
         format="native",

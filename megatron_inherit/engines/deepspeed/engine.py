@@ -30,7 +30,7 @@ from megatron_inherit.model.pieces import pieces_of
 from megatron_inherit.sharing.partition import Partition
 from megatron_inherit.sharing.relax import share_model
 from megatron_inherit.sharing.stage_plan import unshared
-from megatron_inherit.sharing.tensors import by_first_layer
+from megatron_inherit.sharing.tensors import restoring
 
 
 class DeepSpeedEngine:
@@ -219,7 +219,7 @@ class DeepSpeedEngine:
         """Sets weights and optimizer state from a stored state, whatever layout or engine wrote it."""
         self.updates = step_count
         if self.options.sharing is not None:
-            read = by_first_layer(read, self.options.sharing.plan)
+            read = restoring(read, self.options.sharing.plan, relaxed=self.options.sharing.relaxed)
         self._prepare_moments(step_count)
         restore_shards(itertools.chain(self._weights(), self._states()), read)
         kept = getattr(self.optimizer, "persistent_parameters", [])

@@ -32,7 +32,7 @@ from megatron_inherit.sharing.pipeline import check_hook_counts, tie_stages
 from megatron_inherit.sharing.regularise import keep_zeros, soft_tie
 from megatron_inherit.sharing.relax import share_model
 from megatron_inherit.sharing.stage_plan import unshared
-from megatron_inherit.sharing.tensors import by_first_layer
+from megatron_inherit.sharing.tensors import restoring
 
 
 class MegatronEngine:
@@ -258,7 +258,7 @@ class MegatronEngine:
     def restore(self, read: ReadPart, *, step_count: int) -> None:
         """Sets weights and optimizer state from a stored state, whatever layout or engine wrote it."""
         if self.options.sharing is not None:
-            read = by_first_layer(read, self.options.sharing.plan)
+            read = restoring(read, self.options.sharing.plan, relaxed=self.options.sharing.relaxed)
         self.stepper.prepare_restore(step_count)
         restore_shards(itertools.chain(self.stepper.weight_shards(), self.stepper.state_shards()), read)
 
