@@ -15,6 +15,7 @@ import json
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -123,9 +124,10 @@ def mergekit(work: Path, python: str, layers: int, depth: int, repeats: int) -> 
         ours.append(run_child(["inherit", str(teacher), str(ours_out), "--layers", f"first:{layers}"]))
         ours_start.append(ours[-1]["whole_s"] - ours[-1]["seconds"])
         settle()
-        theirs.append(_other([python, "-m", "mergekit.scripts.run_yaml", str(recipe), str(theirs_out)]))
+        words = [str(recipe), str(theirs_out), "--no-copy-tokenizer"]
+        theirs.append(_other([python, "-m", "mergekit.scripts.run_yaml", *words]))
         theirs_start.append(_other([python, "-m", "mergekit.scripts.run_yaml", "--help"])[0])
-    subprocess.run(["minherit", "verify", str(ours_out), str(theirs_out)], check=True)
+    subprocess.run([sys.executable, "-m", "megatron_inherit", "verify", str(ours_out), str(theirs_out)], check=True)
     own, other = statistics.median(run["whole_s"] for run in ours[1:]), statistics.median(run[0] for run in theirs[1:])
     bare = statistics.median(run["seconds"] for run in ours[1:]), other - statistics.median(theirs_start[1:])
     row = {
@@ -147,7 +149,7 @@ def mergekit(work: Path, python: str, layers: int, depth: int, repeats: int) -> 
 def _other(command: list[str]) -> tuple[float, float]:
     """Runs a foreign program; gives seconds and peak RSS in MiB."""
     began = time.perf_counter()
-    timed = ["/usr/bin/env", "python3", "-c", _WATCH, *command]
+    timed = [sys.executable, "-c", _WATCH, *command]
     output = subprocess.run(timed, check=True, capture_output=True, text=True).stdout
     return time.perf_counter() - began, int(output.splitlines()[-1]) / 1024
 
