@@ -64,7 +64,7 @@ def replica_batches(step: int, *, data_rank: int, data_size: int, micro_batch: i
 
 def learning_rate(step: int) -> float:
     """A short warm-up, so that a wrong step count or rate shows."""
-    return 1e-2 * min(1.0, (step + 1) / 5)
+    return 3e-3 * min(1.0, (step + 1) / 5)
 
 
 def _free_port() -> int:

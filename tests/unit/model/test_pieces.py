@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -50,7 +52,7 @@ def test_flat_ranges_read_what_the_parameter_holds():
     for parameter, pieces in pieces_of(model).items():
         flat = parameters[parameter].data.view(-1)
         cuts = [0, len(flat) // 3 + 1, len(flat) // 2, len(flat)]
-        for low, high in zip(cuts, cuts[1:], strict=False):
+        for low, high in itertools.pairwise(cuts):
             values = [read_flat(piece, first, last, read) for piece, first, last in cut_flat(pieces, low, high)]
             assert torch.equal(torch.cat(values), flat[low:high])
 
