@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BESIDE_THE_CODE = {
     "kernels.md": "megatron_inherit/kernels/README.md",
     "data_package.md": "megatron_inherit/data/README.md",
+    "train.md": "megatron_inherit/train/README.md",
     "sharing.md": "megatron_inherit/sharing/README.md",
     "images.md": "docker/README.md",
     "changelog.md": "CHANGELOG.md",

@@ -15,6 +15,8 @@ ruff format --check .
 mypy
 lint-imports --no-cache >.import-linter.log || { cat .import-linter.log; exit 1; }
 rm -f .import-linter.log
+NO_MKDOCS_2_WARNING=1 mkdocs build --quiet --strict --site-dir "${TMPDIR:-/tmp}/minherit-site-$$"
+rm -rf "${TMPDIR:-/tmp}/minherit-site-$$"
 
 select=(-m "not nightly and not gpu")
 for argument in "$@"; do

@@ -23,8 +23,6 @@ COMMANDS = {
     "verify": "Compare two checkpoints tensor by tensor.",
     "data": "Ingest, tokenize, subset and inspect training text.",
     "train": "Pretrain from a recipe.",
-    "grow": "Inherit, train and deepen until the student matches its teacher.",
-    "study": "Run and compare several arms on one evaluation set.",
     "share": "Stages of shared weights: plan, distil, extract, expand.",
     "generate": "Continue a prompt.",
     "evaluate": "Score a checkpoint on tasks.",
