@@ -16,7 +16,7 @@ from typing import Any
 MAX_PICKLE_BYTES = 64 << 20
 """Longest pickle read: the metadata of a checkpoint with 300,000 pieces stays below it."""
 
-_MAX_STACK = 1 << 20
+_MAX_STACK = 1 << 18
 
 
 class PickleRefusedError(Exception):

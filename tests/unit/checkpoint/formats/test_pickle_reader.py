@@ -196,14 +196,14 @@ def test_bombs_are_refused_at_once(tmp_path):
     (tmp_path / "memo").write_bytes(memo)
     assert read_pickle(tmp_path / "memo") is None
     (tmp_path / "stack").write_bytes(b"\x80\x02" + b"]" * (2 << 20) + b".")
-    started = time.perf_counter()
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(20 << 20))
+    started = time.process_time()
     with pytest.raises(CheckpointError, match="nests or lists"):
         read_pickle(tmp_path / "stack")
-    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", b"\0" * (100 << 20))
     with pytest.raises(CheckpointError, match="compressed"):
         read_torch(tmp_path / "bomb.pt")
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 2
 
 
 def saved(value) -> bytearray:
