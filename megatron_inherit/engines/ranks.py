@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 import xxhash
+
+
+def make_deterministic() -> None:
+    """Makes torch choose algorithms that give the same bits in every run, or raise where it has none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(True)
 
 
 def sum_over(values: Sequence[float], group: dist.ProcessGroup | None, device: torch.device) -> list[float]:

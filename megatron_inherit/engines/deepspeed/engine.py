@@ -47,6 +47,8 @@ class DeepSpeedEngine:
         self, options: EngineOptions, config: ModelConfig, read: Reader, distill: Distill | None = None
     ) -> None:
         self.options, self.config, self.updates = options, config, 0
+        if options.deterministic:
+            ranks.make_deterministic()
         self.device = start_processes(timeout_s=options.timeout_s)
         self.groups = make_groups(tp=options.tp)
         deepspeed = import_deepspeed()

@@ -49,6 +49,8 @@ class MegatronEngine:
         self, options: EngineOptions, config: ModelConfig, read: Reader, distill: Distill | None = None
     ) -> None:
         self.options, self.config = options, config
+        if options.deterministic:
+            ranks.make_deterministic()
         self.device = start_processes(timeout_s=options.timeout_s)
         self.groups = make_groups(tp=options.tp, pp=options.pp, vpp=options.vpp, cp=options.cp)
         self.topology = self._topology()

@@ -130,7 +130,3 @@ class Stepper:
                     state["step"] = torch.tensor(float(updates), dtype=torch.float32, device=parameter.device)
                 for kind in MOMENTS:
                     state.setdefault(kind, torch.zeros_like(parameter))
-
-    def masters_from_weights(self) -> None:
-        """Copies the model's weights into the fp32 masters."""
-        self.optimizer.reload_model_params()
