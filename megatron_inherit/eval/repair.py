@@ -129,6 +129,8 @@ def fit_repair(
         refit(cut, cut.student_states(fitted), cut.teacher_states(fitted), repair)
     repair.loss_after = cut.loss(held_out)
     _log.info("Repair %s: held-out loss %.3f, the plain cut's %.3f.", methods, repair.loss_after, plain)
+    if repair.loss_after >= plain:
+        _log.warning("The repair does not help this cut on held-out text: leave it out.")
     return repair
 
 

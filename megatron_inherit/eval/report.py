@@ -93,7 +93,8 @@ def render(
         "comparable": len({arm.fingerprint for arm in arms if arm.fingerprint}) <= 1,
         "baseline": next((arm.label for arm in arms if arm.is_baseline), None),
         "show_blocks": _differs([arm.layers for arm in arms]),
-        "show_parameters": _differs([arm.parameters for arm in arms]),
+        "show_parameters": len(arms) == 1 and arms[0].parameters is not None,
+        "colors": _colors(arms),
         "maps": maps,
         "map_key": [(state, words) for state, words in MAP_KEY if any(drawing.has(state) for *_, drawing in maps)],
         "best": min((arm for arm in arms if arm.loss is not None and not arm.is_teacher), key=_loss, default=None),
@@ -129,6 +130,12 @@ def picture_of(runs: Sequence[Run]) -> bytes:
     students = [run for run, arm in zip(runs, arms, strict=True) if not arm.is_teacher]
     teacher = next(((arm.label, arm.loss) for arm in arms if arm.is_teacher and arm.loss is not None), None)
     return plots.to_png(plots.curves_and_table(_eval_curves(students), header, rows, reference=teacher))
+
+
+def _colors(arms: Sequence[Arm]) -> dict[str, str]:
+    """Gives each arm the CSS variable of its curve; the teacher is a grey line."""
+    students = [arm.label for arm in arms if not arm.is_teacher and arm.loss is not None]
+    return {label: f"--series-{place % len(plots.SERIES) + 1}" for place, label in enumerate(students)}
 
 
 def _differs(values: Sequence[Any]) -> bool:
