@@ -71,11 +71,12 @@ def _run_here(
 def _run_apart(
     function: Callable[[Task], Result], tasks: Sequence[Task], workers: int, on_progress: Report | None
 ) -> Iterator[Result]:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # imports once for all workers, and forks no threads
+    context.set_forkserver_preload(["__main__", function.__module__])
     queue = context.SimpleQueue()
     reader = threading.Thread(target=_drain, args=(queue, on_progress), daemon=True)
     reader.start()
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(queue, os.getpid()))
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(queue,))
     try:
         waiting: set[Future[Result]] = {pool.submit(function, task) for task in tasks}
         while waiting:
@@ -100,17 +101,16 @@ def _drain(queue: Any, on_progress: Report | None) -> None:
             on_progress(progress)
 
 
-def _start_worker(queue: Any, parent: int) -> None:
+def _start_worker(queue: Any) -> None:
     global _report  # noqa: PLW0603
     _report = queue.put
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
 
 
-def _leave_with(parent: int) -> None:
+def _leave_with_parent() -> None:
     """Ends this worker when its parent is gone, so that a killed job leaves no writer behind."""
-    import time
-
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
