@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -66,7 +67,7 @@ class DeepSpeedEngine:
         self._sum_over_tensor_ranks()
         self.objective = None if distill is None else self._objective(distill)
         self.adam = self._adam()
-        with cuda_means_cpu():
+        with cuda_means_cpu(), contextlib.redirect_stdout(io.StringIO()):  # it prints memory figures
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=self.model, optimizer=self.adam, config=ds_config, mpu=self.mpu
             )
