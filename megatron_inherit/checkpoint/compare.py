@@ -8,10 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_inherit.arch.model_config import ModelConfig
 from megatron_inherit.checkpoint.dtypes import CARRIERS, cast
 from megatron_inherit.checkpoint.extents import Shape
 from megatron_inherit.checkpoint.manifest import TensorHash, hash_source, row_tiles
 from megatron_inherit.checkpoint.stream import Source, read_box
+
+_FUNCTION = ("num_heads", "num_kv_heads", "norm_eps", "rope", "sliding_window", "attn_scale_by_layer")
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,16 @@ def compare(left: Source, right: Source, *, threads: int = 4) -> list[Difference
     with ThreadPoolExecutor(threads) as pool:
         results = pool.map(lambda name: _compare_tensor(left, right, name), names)
         return [found for found in results if found is not None]
+
+
+def compare_configs(left: ModelConfig, right: ModelConfig) -> list[Difference]:
+    """Compares what tensors do not show and the function depends on: heads, norms, rotary positions, window."""
+    mine, other = left.to_json(), right.to_json()
+    return [
+        Difference(f"config {name}", "values", str(mine[name]), str(other[name]))
+        for name in _FUNCTION
+        if mine[name] != other[name]
+    ]
 
 
 def compare_manifest(source: Source, hashes: Mapping[str, TensorHash]) -> list[Difference]:

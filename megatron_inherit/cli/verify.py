@@ -20,17 +20,22 @@ def verify(
     """Compare bytes, then logits if asked."""
     import dataclasses
 
-    from megatron_inherit.checkpoint.compare import compare, compare_manifest
+    from megatron_inherit.checkpoint.compare import Difference, compare, compare_configs, compare_manifest
     from megatron_inherit.checkpoint.detect import open_source
     from megatron_inherit.checkpoint.manifest import load_file
 
+    configs: list[Difference] = []
     with open_source(first) as left:
         if second.endswith(".json"):
             differences, total = compare_manifest(left, load_file(second)), len(left.tensors)
         else:
             with open_source(second) as right:
                 differences, total = compare(left, right), len({*left.tensors, *right.tensors})
-    result: dict[str, object] = {"tensors": total, "differences": [dataclasses.asdict(one) for one in differences]}
+                configs = compare_configs(left.config, right.config)
+    result: dict[str, object] = {
+        "tensors": total,
+        "differences": [dataclasses.asdict(one) for one in (*configs, *differences)],
+    }
     if logits:
         from megatron_inherit.eval.logits import compare_logits
 
@@ -38,11 +43,11 @@ def verify(
     if as_json:
         typer.echo(json.dumps(result, indent=2, default=str))
     else:
-        for one in differences[:20]:
+        for one in (*configs, *differences[:20]):
             typer.echo(one.describe())
         if len(differences) > 20:
             typer.echo(f"and {len(differences) - 20} tensors more")
         typer.echo(f"{total - len(differences)} of {total} tensors are equal, byte for byte")
         if logits:
             typer.echo(f"logits: {result['logits']}")
-    raise typer.Exit(1 if differences else 0)
+    raise typer.Exit(1 if differences or configs else 0)

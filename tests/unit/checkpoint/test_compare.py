@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 
+from megatron_inherit.arch.model_config import Rope
 from megatron_inherit.checkpoint.compare import compare, compare_manifest
 from megatron_inherit.checkpoint.detect import open_source
 from megatron_inherit.checkpoint.manifest import hash_source, load_file, to_json
@@ -63,6 +64,16 @@ def test_a_tied_head_equals_its_stored_copy(tmp_path):
     write_checkpoint(tmp_path / "untied", llama(), arrays | {"head.weight": arrays["embed.weight"]}, "hf")
     with open_source(tmp_path / "tied") as tied, open_source(tmp_path / "untied") as untied:
         assert compare(tied, untied) == []
+
+
+def test_equal_tensors_of_another_function_differ(tmp_path, capsys):
+    arrays = random_arrays(llama())
+    write_checkpoint(tmp_path / "a", llama(), arrays, "hf")
+    write_checkpoint(tmp_path / "b", llama(rope=Rope(theta=500000.0)), arrays, "hf")
+    assert main(["verify", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+    output = capsys.readouterr().out
+    assert "config rope" in output
+    assert "39 of 39 tensors are equal" in output
 
 
 def test_manifests_are_compared_too(pair, tmp_path, capsys):
