@@ -95,10 +95,10 @@ def test_tensorboard_writes_an_event_file(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["wandb", "trackio", "mlflow"])
 def test_the_other_loggers_take_numbers_offline(tmp_path, monkeypatch, name):
-    pytest.importorskip(name)
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when trackio is imported
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.delenv("WANDB_MODE", raising=False)
+    pytest.importorskip(name)
     loggers = open_loggers((name,), tmp_path, project="p", run="r", config={"a": 1})
     loggers[name].log({"train/loss": 1.0}, 1)
     loggers[name].close()
