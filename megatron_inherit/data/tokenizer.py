@@ -124,9 +124,8 @@ class SentencePieceTokenizer:
         self._model = module.SentencePieceProcessor(model_file=str(file))
         self.path = str(file)
         self.vocab_size = self._model.get_piece_size()
-        pieces = {self._model.id_to_piece(number): number for number in range(self.vocab_size)}
-        self.eos_id = _named(pieces, eos, file) if eos else _or_none(self._model.eos_id())
-        self.bos_id = _named(pieces, bos, file) if bos else _or_none(self._model.bos_id())
+        self.eos_id = self._named(eos) if eos else _or_none(self._model.eos_id())
+        self.bos_id = self._named(bos) if bos else _or_none(self._model.bos_id())
         self.fingerprint = _fingerprint([file], self.eos_id, self.bos_id)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -136,6 +135,12 @@ class SentencePieceTokenizer:
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Decodes; control tokens give no text."""
         return self._model.decode([int(one) for one in ids])
+
+    def _named(self, piece: str) -> int:
+        number = self._model.piece_to_id(piece)
+        if self._model.id_to_piece(number) != piece:
+            raise DataError(f"The vocabulary of {self.path} has no token {piece!r}.")
+        return number
 
     def control_pieces(self) -> list[str]:
         """Names the control tokens."""
