@@ -10,7 +10,7 @@ END = "<|endoftext|>"
 
 
 def byte_tokenizer_files() -> dict[str, bytes]:
-    """Gives ``tokenizer.json`` and ``tokenizer_config.json``: a byte-level BPE without merges, ids as in ByteTokenizer."""
+    """Gives ``tokenizer.json`` and ``tokenizer_config.json``: byte-level BPE without merges, ids as in ByteTokenizer."""
     vocabulary = {letter: byte for byte, letter in enumerate(_letters())}
     end = {
         "id": ByteTokenizer.eos_id,
@@ -22,7 +22,7 @@ def byte_tokenizer_files() -> dict[str, bytes]:
         "normalized": False,
     }
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    tokenizer = {
+    tokenizer: dict[str, object] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
