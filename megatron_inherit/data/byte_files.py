@@ -10,7 +10,7 @@ END = "<|endoftext|>"
 
 
 def byte_tokenizer_files() -> dict[str, bytes]:
-    """Gives ``tokenizer.json`` and ``tokenizer_config.json``: byte-level BPE without merges, ids as in ByteTokenizer."""
+    """Gives ``tokenizer.json`` and ``tokenizer_config.json``: byte-level BPE without merges, ByteTokenizer's ids."""
     vocabulary = {letter: byte for byte, letter in enumerate(_letters())}
     end = {
         "id": ByteTokenizer.eos_id,
