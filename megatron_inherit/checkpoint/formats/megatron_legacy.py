@@ -18,6 +18,7 @@ from megatron_inherit.base.errors import CheckpointError
 from megatron_inherit.checkpoint.extents import Extent
 from megatron_inherit.checkpoint.formats.bind import bind_tensors
 from megatron_inherit.checkpoint.formats.megatron_args import config_from_args
+from megatron_inherit.checkpoint.formats.megatron_folder import TRACKER, iteration_folder
 from megatron_inherit.checkpoint.formats.megatron_names import (
     IGNORED,
     find_dialect,
@@ -32,7 +33,6 @@ from megatron_inherit.checkpoint.stream import Source
 
 __all__ = ["detect", "make_sink", "open_source"]
 
-TRACKER = "latest_checkpointed_iteration.txt"
 _FILE = "model_optim_rng.pt"
 _RANK = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3}))?(?:_(\d{3}))?")
 _ORDERS: dict[float, Fuse] = {0: "qkv_v0", 1: "qkv_v1", 2: "qkv", 3: "qkv"}
@@ -95,12 +95,7 @@ def open_source(path: str) -> Source:
 
 def _iteration_folder(path: Path) -> Path | None:
     """Finds the folder that holds the rank folders: by the tracker, or the one named."""
-    tracker = path / TRACKER
-    if tracker.is_file():
-        text = tracker.read_text()[:64].strip()
-        if text != "release" and not text.isdigit():
-            raise CheckpointError(f"{tracker} holds no iteration.", got=repr(text), expected="a number or release")
-        path = path / (text if text == "release" else f"iter_{int(text):07d}")
+    path = iteration_folder(path)
     if path.is_dir() and any(_RANK.fullmatch(entry.name) for entry in path.iterdir()):
         return path
     return None

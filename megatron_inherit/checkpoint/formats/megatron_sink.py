@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_inherit.arch.model_config import ModelConfig
-from megatron_inherit.base.atomic import write_bytes
 from megatron_inherit.base.errors import UsageError
 from megatron_inherit.checkpoint.extents import Extent, Piece
 from megatron_inherit.checkpoint.formats.bind import common_dtype, in_order
 from megatron_inherit.checkpoint.formats.megatron_args import args_from_config
+from megatron_inherit.checkpoint.formats.megatron_folder import iteration_name, write_tracker
 from megatron_inherit.checkpoint.formats.megatron_names import DIALECTS, megatron_rows, shift_layer
 from megatron_inherit.checkpoint.formats.pickle_machine import Global, Opaque
 from megatron_inherit.checkpoint.formats.pt_writer import (
@@ -31,7 +31,6 @@ from megatron_inherit.checkpoint.layout import (
 )
 from megatron_inherit.checkpoint.stream import Sink, SinkOptions, StoredTensor
 
-TRACKER = "latest_checkpointed_iteration.txt"
 _FILE = "model_optim_rng.pt"
 
 Chunk = dict[str, Blank]
@@ -55,7 +54,7 @@ def make_sink(config: ModelConfig, dtypes: Mapping[str, str], options: SinkOptio
     places = place_layers(config.num_layers, options.pp, options.vpp)
     padded = padded_vocab_size(config.vocab_size, options.tp, options.vocab_multiple)
     wanted = list(physical_tensors(megatron_rows(config, dialect), config))
-    folder = f"iter_{options.iteration:07d}" if options.iteration else "release"
+    folder = iteration_name(options.iteration)
     args = args_from_config(config, options, dtype=common_dtype(wanted[0], dtypes), padded_vocab=padded)
     archives: dict[str, Archive] = {}
     homes: dict[tuple[str, int], list[Extent]] = {}
@@ -79,7 +78,7 @@ def make_sink(config: ModelConfig, dtypes: Mapping[str, str], options: SinkOptio
         tensors,
         {file: archive.length for file, archive in archives.items()},
         prepare=lambda root: _prepare(root, archives),
-        finish=lambda root: _finish(root, archives, folder, options.iteration),
+        finish=lambda root: _finish(root, archives, options.iteration),
     )
 
 
@@ -151,7 +150,7 @@ def _prepare(root: Path, archives: Mapping[str, Archive]) -> None:
         create_archives(root / file, [archive])
 
 
-def _finish(root: Path, archives: Mapping[str, Archive], folder: str, iteration: int) -> None:
+def _finish(root: Path, archives: Mapping[str, Archive], iteration: int) -> None:
     for file, archive in archives.items():
         patch_checksums(root / file, archive.records)
-    write_bytes(root / TRACKER, (folder if not iteration else str(iteration)).encode())
+    write_tracker(root, iteration)

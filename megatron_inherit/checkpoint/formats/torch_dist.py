@@ -22,6 +22,7 @@ from megatron_inherit.checkpoint.dtypes import WEIGHT_DTYPES
 from megatron_inherit.checkpoint.extents import Extent, Piece, check_cover
 from megatron_inherit.checkpoint.formats.dcp_metadata import METADATA, Chunk, ChunkedTensor, Metadata, read_metadata
 from megatron_inherit.checkpoint.formats.megatron_args import config_from_args
+from megatron_inherit.checkpoint.formats.megatron_folder import iteration_folder
 from megatron_inherit.checkpoint.formats.megatron_names import IGNORED, megatron_rows
 from megatron_inherit.checkpoint.formats.pickle_reader import fields, mapped, read_torch, read_torch_blob
 from megatron_inherit.checkpoint.formats.torch_dist_sink import make_sink
@@ -36,7 +37,6 @@ from megatron_inherit.checkpoint.stream import Source, StoredTensor
 
 __all__ = ["detect", "make_sink", "open_source"]
 
-TRACKER = "latest_checkpointed_iteration.txt"
 _PREFIXES = ("", "model.", "module.", "model.module.")
 _EMBEDDING = "embedding.word_embeddings.weight"
 _STATES = {"fp32": ("fp32_param", "param"), "exp_avg": ("exp_avg",), "exp_avg_sq": ("exp_avg_sq",)}
@@ -54,10 +54,7 @@ def detect(path: str) -> bool:
 
 def find_folder(path: Path) -> Path | None:
     """Finds the folder with the metadata: by the tracker, or the one named."""
-    tracker = path / TRACKER
-    if tracker.is_file():
-        text = tracker.read_text()[:64].strip()
-        path = path / (f"iter_{int(text):07d}" if text.isdigit() else "release")
+    path = iteration_folder(path)
     complete = (path / METADATA).is_file() and (path / "metadata.json").is_file()
     return path if complete or any(path.glob("__*_*.distcp")) else None
 

@@ -18,6 +18,7 @@ from megatron_inherit.arch.model_config import ModelConfig
 from megatron_inherit.base.errors import CheckpointError
 from megatron_inherit.checkpoint.formats.dcp_metadata import METADATA, Chunk, ChunkedTensor, Metadata, read_metadata
 from megatron_inherit.checkpoint.formats.megatron_args import OWN
+from megatron_inherit.checkpoint.formats.megatron_folder import iteration_name
 from megatron_inherit.checkpoint.formats.megatron_names import megatron_rows
 from megatron_inherit.checkpoint.formats.pickle_machine import Opaque
 from megatron_inherit.checkpoint.formats.pickle_reader import fields
@@ -67,14 +68,14 @@ def link_checkpoint(
     metadata, common = read_metadata(folder), read_common(folder)
     old = _Names(metadata, folder)
     new = _relabel(old, config, sources)
-    name = f"iter_{iteration:07d}" if iteration else "release"
+    name = iteration_name(iteration)
     (output / name).mkdir()
     names = {chunk.blob.file for tensor in new.tensors.values() for chunk in tensor.chunks}
     files = sorted(names | {blob.file for blob in new.objects.values()})
     copied = _link(folder, output / name, files)
     common_archive = lay_out("common.pt", _student_common(common, config, iteration))
     create_archives(output / name / "common.pt", [common_archive])
-    close(output, name, new, iteration)
+    close(output, new, iteration)
     written = sum(entry.stat().st_size for entry in output.rglob("*") if entry.is_file() and entry.name not in files)
     written += sum((output / name / file).stat().st_size for file in copied)
     return Linked(tuple(f"{name}/{file}" for file in files), tuple(copied), written)

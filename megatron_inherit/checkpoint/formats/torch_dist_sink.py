@@ -20,6 +20,7 @@ from megatron_inherit.checkpoint.formats.dcp_metadata import (
     write_metadata,
 )
 from megatron_inherit.checkpoint.formats.megatron_args import args_from_config
+from megatron_inherit.checkpoint.formats.megatron_folder import iteration_name, write_tracker
 from megatron_inherit.checkpoint.formats.megatron_names import megatron_rows
 from megatron_inherit.checkpoint.formats.pickle_machine import Global, Opaque
 from megatron_inherit.checkpoint.formats.pt_writer import (
@@ -33,7 +34,6 @@ from megatron_inherit.checkpoint.formats.pt_writer import (
 from megatron_inherit.checkpoint.layout import PhysicalTensor, padded_vocab_size, physical_tensors, place_layers
 from megatron_inherit.checkpoint.stream import Sink, SinkOptions, StoredTensor
 
-TRACKER = "latest_checkpointed_iteration.txt"
 BACKEND = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -84,7 +84,7 @@ def make_sink(config: ModelConfig, dtypes: Mapping[str, str], options: SinkOptio
         )
     stacked = dialect == "homogeneous"
     padded = padded_vocab_size(config.vocab_size, options.tp, options.vocab_multiple)
-    folder = f"iter_{options.iteration:07d}" if options.iteration else "release"
+    folder = iteration_name(options.iteration)
     files = [_File(folder, rank) for rank in range(options.tp * options.pp)]
     tensors, chunked = _place(config, dtypes, options, files, stacked=stacked, padded=padded)
     state, _ = files[0].add([None])
@@ -101,7 +101,7 @@ def make_sink(config: ModelConfig, dtypes: Mapping[str, str], options: SinkOptio
     def finish(root: Path) -> None:
         for file in files:
             patch_checksums(root / folder / file.name, _records(file))
-        close(root, folder, metadata, options.iteration)
+        close(root, metadata, options.iteration)
 
     return Sink("torch_dist", config, in_order(config, tensors), sizes, prepare, finish)
 
@@ -136,11 +136,12 @@ def _place(
     return tensors, {key: ChunkedTensor(*shapes[key], tuple(found)) for key, found in chunks.items()}
 
 
-def close(root: Path, folder: str, metadata: Metadata, iteration: int) -> None:
+def close(root: Path, metadata: Metadata, iteration: int) -> None:
     """Writes what makes a checkpoint complete: the metadata, then the backend's file, then the tracker."""
+    folder = iteration_name(iteration)
     write_bytes(root / folder / METADATA, write_metadata(metadata))
     write_json(root / folder / "metadata.json", BACKEND)
-    write_bytes(root / TRACKER, (str(iteration) if iteration else folder).encode())
+    write_tracker(root, iteration)
 
 
 def _records(file: _File) -> list[Record]:

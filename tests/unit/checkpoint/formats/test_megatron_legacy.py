@@ -288,6 +288,10 @@ class TestRefusals:
         for part in parts:
             assert part in str(refusal.value)
 
+    def test_damaged_tracker(self, folder):
+        (folder / "latest_checkpointed_iteration.txt").write_text("../../elsewhere")
+        self.refused(folder, "latest_checkpointed_iteration.txt", "elsewhere")
+
     def test_missing_rank(self, folder):
         shutil.rmtree(folder / "iter_0000004" / "mp_rank_01_001")
         self.refused(folder, "mp_rank_01_001", "missing")
