@@ -60,11 +60,11 @@ def test_a_cut_without_a_cut_is_the_teacher(folder):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "methods", ["final-norm", "affine", "keep-last:1,final-norm", "keep-last:2,block-scale,final-norm"]
 )
 def test_the_written_student_has_the_measured_loss(folder, tmp_path, methods):
-    fixed = repairs.fit_repair(folder, range(4), methods, sequences=48, tokens=64)
     words = ["inherit", str(folder), str(tmp_path / "student"), "--layers", "first:4", "--repair", methods]
     assert main(words) == 0
     written = json.loads((tmp_path / "student" / "inherit.json").read_text())
@@ -83,7 +83,7 @@ def test_the_written_student_has_the_measured_loss(folder, tmp_path, methods):
     cut.set_final_norm(fresh.tensors["final_norm.weight"], fresh.tensors.get("final_norm.bias"))
     cut.head = fresh.tensors.get("head.weight", cut.head)
     assert mean_loss(model, windows) == pytest.approx(cut.loss(windows), abs=1e-4)
-    assert tuple(written["plan"]["layer_map"]) == fixed.layers == fresh.layers
+    assert tuple(written["plan"]["layer_map"]) == fresh.layers
 
 
 def test_the_fits_lower_the_logits_error_and_spare_the_teacher(folder):
