@@ -101,7 +101,8 @@ class StepResult:
     """What one optimizer step gave, the same on every rank.
 
     Attributes:
-        loss: Mean next-token loss in nats over the unmasked tokens of the global batch, before the update.
+        loss: Mean next-token loss in nats over the unmasked tokens of the global batch, before the update; with a
+            teacher, what the distillation minimises instead, hidden states left out.
         grad_norm: L2 norm of the whole gradient before clipping.
         tokens: Unmasked tokens of the global batch.
         skipped: The gradient was not finite, no rank changed a weight or an optimizer state.

@@ -92,6 +92,17 @@ def test_extracting_a_learngene_gives_its_bytes(tmp_path, learngene):
         assert (tmp_path / "again" / name).read_bytes() == (learngene / name).read_bytes()
 
 
+def test_another_number_of_repeats_takes_the_same_stages(tmp_path, learngene):
+    longer = contiguous((4, 2, 6))
+    with open_source(learngene) as source:
+        execute(plan_auxiliary(source, longer, start="stepwise"), tmp_path / "longer", source=source)
+        with open_source(tmp_path / "longer") as made:
+            assert plan_of(made) == longer
+            for before, after in zip(PLAN.first_layers, longer.first_layers, strict=True):
+                name = "attn.v.weight"
+                assert values(made, f"layers.{after}.{name}") == values(source, f"layers.{before}.{name}")
+
+
 @pytest.mark.parametrize("format", ["hf", "megatron"])
 def test_descendants_are_ordinary_models_of_any_depth(tmp_path, learngene, format):
     with open_source(learngene) as source:
