@@ -72,8 +72,8 @@ def arms_of(runs: Sequence[Run]) -> list[Arm]:
 
 
 def machine_of(run: Run) -> Machine:
-    """Flattens environment.json to named lines; empty values are left out."""
-    return Machine(tuple(_flatten(run.environment)))
+    """Flattens environment.json to named lines; empty values and the host's name, in a page to share, are left out."""
+    return Machine(tuple(_flatten({key: value for key, value in run.environment.items() if key != "host"})))
 
 
 def _arm(run: Run) -> Arm:
