@@ -39,6 +39,7 @@ def test_accumulation_does_not_change_the_step():
         assert a.tokens == b.tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recompute_changes_no_bit(recompute):
     plain, again = _engine(), _engine(recompute=recompute)
@@ -46,6 +47,7 @@ def test_recompute_changes_no_bit(recompute):
     assert plain.weight_hash() == again.weight_hash()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"dtype": "bf16"}, {"dtype": "bf16", "distributed_optimizer": True}])
 def test_restored_run_is_bitwise_the_uninterrupted_one(options, tmp_path):
     engine = _engine(**options)
@@ -70,6 +72,7 @@ def test_parts_before_the_first_step_are_weights_only(tmp_path):
     assert _train(other, 0, 2) == _train(engine, 0, 2)
 
 
+@pytest.mark.slow
 def test_bf16_keeps_masters_and_learns():
     engine = _engine(dtype="bf16")
     losses = [result.loss for result in _train(engine, 0, 12)]
