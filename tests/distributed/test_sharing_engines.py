@@ -26,7 +26,6 @@ def cases_in(folder):
         "zero1": Case("deepspeed", plan="4,4", options={"zero_stage": 1}),
         "zero2 recompute": Case("deepspeed", plan="4,4", options={"zero_stage": 2, "recompute": "full"}),
         "zero3 recompute": Case("deepspeed", plan="4,4", options={"zero_stage": 3, "recompute": "full"}),
-
         "refused": Case(plan="4,4", options={"pp": 4}),
         "uncovered": Case(plan="4,3"),
         "resumed": Case(plan="4,4", restore=str(folder / "state")),
@@ -70,7 +69,6 @@ def rows(outcomes, name):
         ("zero1", "one rank"),
         ("zero2 recompute", "one rank"),
         ("zero3 recompute", "one rank"),
-
         ("taught, pp2", "taught"),
         ("taught, tp2", "taught"),
         ("taught, zero3", "taught"),
