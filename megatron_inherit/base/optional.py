@@ -13,7 +13,7 @@ EXTRA_OF = {
     "deepspeed": "deepspeed",
     "fsspec": "remote",
     "gguf": "gguf",
-    "gigatoken": "data",
+    "gigatoken": "fast-tokenize",
     "huggingface_hub": "hf",
     "liger_kernel": "rivals",
     "lm_eval": "eval",
