@@ -168,9 +168,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=14, help="14 layers of the 7B shape are 6.2 GB")
     parser.add_argument("--mergekit", default="", help="Python of an environment with mergekit")
     args = parser.parse_args()
-    rows: list[dict[str, Any]] = []
     kinds = {"contiguous": CONTIGUOUS, "tp": SPLIT}
     for case in args.cases:
+        rows: list[dict[str, Any]] = []
         if case in kinds:
             shape = preset("llama-2-7b").with_layers(args.layers)
             source = make_checkpoint(args.work / f"llama-2-7b-{args.layers}", shape)
@@ -181,8 +181,8 @@ def main() -> None:
             rows += zero_copy(args.work)
         elif case == "mergekit":
             rows += [mergekit(args.work, args.mergekit, n, depth, args.repeats) for n, depth in ((4, 6), (13, 14))]
-    around = circumstances("safetensors", "numpy", "xxhash")
-    print(append_rows("convert", [around | row for row in rows]))
+        around = circumstances("safetensors", "numpy", "xxhash")
+        print(append_rows("convert", [around | row for row in rows]))
 
 
 if __name__ == "__main__":

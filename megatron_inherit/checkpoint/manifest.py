@@ -22,7 +22,7 @@ from megatron_inherit.checkpoint.stream import Source, StoredTensor, read_box
 
 NAME = "manifest.json"
 TILE_BYTES = 1 << 20
-LARGE_TILE_BYTES = 1 << 24
+LARGE_TILE_BYTES = 1 << 23
 
 
 @dataclass(frozen=True)
