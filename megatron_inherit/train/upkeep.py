@@ -9,6 +9,7 @@ from typing import Any
 from megatron_inherit.base.errors import DiskError, DivergedError
 from megatron_inherit.base.log import get_logger
 from megatron_inherit.config.load import config_hash
+from megatron_inherit.data.drawn import report_drawn
 from megatron_inherit.train import metrics, resume
 from megatron_inherit.train.checkpointing import SaveReport
 from megatron_inherit.train.pace import unequal_ranks
@@ -140,8 +141,10 @@ def keep(run: Session, step: int, action: Callable[[], SaveReport | None], *, mu
 
 
 def finish(run: Session, state: RunState) -> None:
-    """Waits until everything is on disk."""
+    """Waits until everything is on disk, and says what was drawn of each domain."""
     run.watchdog.progress(state.step, "finish")
+    if run.engine.topology.rank == 0:
+        report_drawn(run.loader, state.samples, skipped=run.skipped)
     keep(run, state.step, run.saver.finish, must=True)
     run.saver.close()
     run.engine.barrier()
