@@ -191,7 +191,7 @@ def linear_cross_entropy(
     return checks.poison_bad_labels(losses, flat, counted, shard.vocab_size).view(labels.shape)
 
 
-def linear_kl(
+def linear_kl(  # noqa: D417 - one line describes what linear_cross_entropy has too
     student_hidden: torch.Tensor,
     student_weight: torch.Tensor,
     teacher_hidden: torch.Tensor,
@@ -222,18 +222,13 @@ def linear_kl(
         labels: int64 [...], global token ids, for the cross-entropy (at temperature 1).
         ignore_index: Rows with this label give zero and no gradient.
         mask: [...], rows where it is zero give zero and no gradient.
-        vocab_size: As for ``linear_cross_entropy``.
-        vocab_start: As for ``linear_cross_entropy``.
-        tp_group: As for ``linear_cross_entropy``.
-        reduce_hidden_grad: As for ``linear_cross_entropy``.
-        per_token_grad: As for ``linear_cross_entropy``.
+        vocab_size, vocab_start, tp_group, reduce_hidden_grad, per_token_grad: As for ``linear_cross_entropy``.
 
     Returns:
         float32 [...] (float64 for float64 input), in nats.
 
     Raises:
-        KernelValueError: Shapes, devices, vocabulary bounds, ``kind``, ``alpha`` or ``temperature`` do not fit.
-        KernelTypeError: Dtypes do not fit.
+        KernelValueError, KernelTypeError: Shapes, devices, vocabulary bounds, dtypes or options do not fit.
     """
     name = "linear_kl"
     shard = checks.head(name, student_hidden, student_weight, vocab_size, vocab_start, tp_group)
@@ -254,9 +249,8 @@ def linear_kl(
         per_token_grad=per_token_grad,
         reduce_hidden_grad=reduce_hidden_grad,
     )
-    if alpha < 1:
-        losses = checks.poison_bad_labels(losses, flat, counted, shard.vocab_size)
-    return losses.view(student_hidden.shape[:-1])
+    checked = losses if alpha == 1 else checks.poison_bad_labels(losses, flat, counted, shard.vocab_size)
+    return checked.view(student_hidden.shape[:-1])
 
 
 def linear_topk_kl(

@@ -102,8 +102,7 @@ def execute(
         record: Added to ``inherit.json``.
         side_files: Copied too, beside those of the source.
         progress: Called with the number of bytes just written, from any thread.
-        resume: Continues where an interrupted execution of the same plan stopped, and leaves what is done in place
-            when this one is interrupted.
+        resume: Continues where an interrupted execution of the same plan stopped; leaves what is done in place.
 
     Raises:
         PlanError: The plan is not total.
