@@ -68,9 +68,9 @@ run python examples/sws_depths.py "$out" "$out/depths.png"
 cat <<TEXT
 
 The page:         $out/report.html (training curves) and $out/depths.png (losses before any training, by depth)
-How to read it:   Before any training, a learngene of several stages that was repeated while it was learnt keeps its loss when it
-                  is expanded: that is what stage information and expansion guidance buy, and it is strong. After 100 steps of
-                  training the three auxiliaries' descendants lie within a few hundredths of a nat of each other: a lasting
-                  gain over the ablations was not seen at this scale. All of them are far ahead of training from scratch.
+How to read it:   The losses by depth before any training show what stage information and expansion guidance buy; the curves show
+                  how much of it is left after training, against the two ablations and against scratch. In the toy experiment
+                  that this design was calibrated on (not a run of this script) depth transfer before training was strong, and
+                  no lasting gain over the ablations was seen after 100 steps.
                   The teacher's training and its forward passes are in none of the step ratios above.
 TEXT
