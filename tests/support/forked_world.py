@@ -75,6 +75,9 @@ class World:
             sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
             sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
             os.environ.update(environ)
+            signal.signal(
+                signal.SIGINT, signal.default_int_handler
+            )  # ignored where a shell started us in the background
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
             code = work()
