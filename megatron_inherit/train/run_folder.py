@@ -125,9 +125,10 @@ class RunLock:
 
 
 def process_start(pid: int) -> str | None:
-    """Gives what tells a process from a later one of the same number; None if there is no such process."""
+    """Gives what tells a process from a later one of the same number; None if there is none, or only its remains."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else fields[19]
     except (OSError, IndexError):
         pass
     if Path("/proc/self").exists():
