@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 from megatron_inherit.arch.model_config import ModelConfig
@@ -41,12 +40,9 @@ def choose_layers(text: str, teacher: str, config: ModelConfig) -> tuple[int, ..
         raise UsageError("--layers is missing.", expected=f"all, {EXAMPLES} or auto:METRIC:N")
     if not text.startswith("auto:"):
         return parse_layers(text, config.num_layers)
-    found = re.fullmatch(r"auto:([a-z-]+):(\d+)", text)
-    if found is None:
-        raise UsageError(f"--layers {text} is not understood.", expected="auto:METRIC:N, for instance auto:ppl:8")
-    from megatron_inherit.eval.importance import choose_layers as measure
+    from megatron_inherit.eval.importance import resolve_layers
 
-    return measure(teacher, found[1], int(found[2]))
+    return resolve_layers(text, teacher, config.num_layers)
 
 
 def _shape(teacher: str) -> ModelConfig | None:

@@ -1,0 +1,253 @@
+"""One arm of a study: its start out of a teacher, its run in processes of its own, and what the run's files say.
+
+A start appears whole or not at all, a finished run is only read, an unfinished one goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import yaml
+
+from megatron_inherit.arch.families import Role
+from megatron_inherit.base.atomic import write_text
+from megatron_inherit.base.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DiskError,
+    DivergedError,
+    MinheritError,
+    PreemptedError,
+    UsageError,
+)
+from megatron_inherit.base.log import get_logger
+from megatron_inherit.checkpoint.detect import open_source
+from megatron_inherit.config.load import flatten, to_yaml
+from megatron_inherit.config.schema import RunConfig
+from megatron_inherit.eval.importance import resolve_layers
+from megatron_inherit.eval.runs import METRICS, Run, load_run, read_json
+from megatron_inherit.inherit.inheritune import plan_inheritance
+from megatron_inherit.plan.execute import RECORD, execute
+from megatron_inherit.train.run_folder import RunLock
+from megatron_inherit.train.schedule import total_steps
+from megatron_inherit.train.session import RECIPE
+from megatron_inherit.train.signals import SIGNALS
+
+logger = get_logger(__name__)
+
+CONSOLE = "console.log"
+POLL_SECONDS = 0.2
+_ERRORS = (UsageError, ConfigError, DataError, CheckpointError, DivergedError, DiskError, PreemptedError)
+_WITHOUT_EFFECT = ("run.name", "checkpoint", "logging", "guard", "train.stop_after", "data.verify", "eval.micro_batch")
+"""Keys, and sections, that change no figure of a run."""
+_CHILD = """
+import ctypes, runpy, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+"""Program of a run's process: Linux asks it to save and end when the process that started it dies."""
+
+
+def make_start(
+    teacher: Path | str,
+    folder: Path,
+    *,
+    layers: Sequence[int] | str,
+    reset: Sequence[Role] = (),
+    as_published: bool = False,
+    seed: int = 0,
+) -> Path:
+    """Writes what an arm starts from; a folder that is there already is left as it is.
+
+    Args:
+        teacher: A checkpoint of any format, or a run folder.
+        folder: A Hugging Face folder with ``inherit.json``.
+        layers: The teacher's blocks, or the words of ``--layers``.
+        reset: Roles drawn anew.
+        as_published: Copies what the released Inheritune scripts copy.
+        seed: Of fresh values.
+    """
+    if (folder / RECORD).is_file():
+        return folder
+    source = open_source(teacher)
+    try:
+        chosen = resolve_layers(layers, teacher, source.config.num_layers) if isinstance(layers, str) else layers
+        plan = plan_inheritance(source, layers=chosen, reset=reset, as_published=as_published, seed=seed)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        execute(plan, folder, source=source, record={"as_published": as_published, "layers": str(layers)})
+    finally:
+        source.close()
+    return folder
+
+
+def is_finished(config: RunConfig) -> bool:
+    """Tells whether a recipe's run has reached its last step; nothing is changed.
+
+    Raises:
+        ConfigError: Its folder holds a run of another recipe.
+    """
+    folder = Path(config.run.output)
+    _refuse_other(config, folder)
+    if read_json(folder / "exit_status.json").get("exit_code") != 0 or not (folder / METRICS).is_file():
+        return False
+    run = load_run(folder)
+    done = run.evals if config.eval.windows else run.train
+    return bool(done) and done[-1]["step"] == total_steps(config)
+
+
+@dataclass
+class Trainer:
+    """Runs recipes in processes of their own, which end with it; as a context it hands signals on to them.
+
+    It starts them from one thread, the main one.
+
+    Attributes:
+        processes: Of each run; more than one are started by torchrun.
+    """
+
+    processes: int = 1
+    _running: dict[Path, subprocess.Popen[bytes]] = field(default_factory=dict)
+    _before: dict[signal.Signals, Any] = field(default_factory=dict)
+    _stopped: bool = False
+
+    def train(self, config: RunConfig) -> Run:
+        """Trains a recipe to its end, from where its folder stands.
+
+        Args:
+            config: The recipe; ``run.output`` is the run's folder.
+
+        Returns:
+            What the run left in its folder.
+
+        Raises:
+            MinheritError: What ended the run, with its exit code; PreemptedError after a signal.
+        """
+        self.begin(config)
+        while not self.is_over(config):
+            time.sleep(POLL_SECONDS)
+        return load_run(Path(config.run.output))
+
+    def begin(self, config: RunConfig, *, devices: Sequence[int] | None = None) -> None:
+        """Starts a run, or goes on with it, and returns; nothing is started where it is finished.
+
+        Args:
+            config: The recipe.
+            devices: GPUs that the run sees; default all.
+        """
+        folder = Path(config.run.output)
+        if is_finished(config):
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        _wait_for_holder(folder)
+        if is_finished(config):
+            return
+        if self._stopped:
+            raise PreemptedError(f"{folder} was not begun: a signal came.", fix="Run again to go on.")
+        write_text(folder / RECIPE, to_yaml(config))
+        environment = dict(os.environ)
+        if devices is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
+        command = [sys.executable, "-c", _CHILD, *self._module(), "train", str(folder / RECIPE)]
+        with (folder / CONSOLE).open("ab") as console:
+            self._running[folder] = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT, env=environment
+            )
+
+    def is_over(self, config: RunConfig) -> bool:
+        """Tells whether a run that was begun has ended.
+
+        Raises:
+            MinheritError: It ended without reaching its last step.
+        """
+        folder = Path(config.run.output)
+        child = self._running.get(folder)
+        if child is None:
+            return True
+        code = child.poll()
+        if code is None:
+            return False
+        del self._running[folder]
+        if code or not is_finished(config):
+            raise _error_of(folder, code, stopped=self._stopped)
+        return True
+
+    def stop(self) -> None:
+        """Asks every run to save and end; no further one begins."""
+        self._stopped = True
+        for child in self._running.values():
+            child.terminate()
+
+    def __enter__(self) -> Trainer:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+        for child in self._running.values():
+            child.wait()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.stop()
+
+    def _module(self) -> list[str]:
+        if self.processes == 1:
+            return ["megatron_inherit"]
+        return ["torch.distributed.run", "--standalone", f"--nproc-per-node={self.processes}", "-m", "megatron_inherit"]
+
+
+def _wait_for_holder(folder: Path) -> None:
+    """Waits for a process of an earlier session that still saves into the folder."""
+    lock, told = RunLock(folder), False
+    while True:
+        try:
+            lock.acquire()
+        except UsageError as error:
+            if not told:
+                logger.info("Waiting. %s", error.what)
+            told = True
+            time.sleep(1.0)
+            continue
+        lock.release()
+        return
+
+
+def _refuse_other(config: RunConfig, folder: Path) -> None:
+    path = folder / RECIPE
+    if not path.is_file() or not (folder / METRICS).is_file():
+        return
+    before, now = (flatten(yaml.safe_load(text) or {}) for text in (path.read_text(), to_yaml(config)))
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key) and not key.startswith(_WITHOUT_EFFECT):
+            raise ConfigError(
+                f"{folder} holds a run of another recipe: {key} differs.",
+                got=before.get(key),
+                expected=now.get(key),
+                fix="Choose another folder, or delete that one.",
+            )
+
+
+def _error_of(folder: Path, code: int, *, stopped: bool) -> MinheritError:
+    """Gives the error that ended a run, from its own last word or the end of what it printed."""
+    reason = read_json(folder / "exit_status.json").get("reason")
+    if not reason or reason == "done":
+        reason = " / ".join((folder / CONSOLE).read_text(errors="replace").strip().splitlines()[-1:]) or "no message"
+    kind = next((error for error in _ERRORS if error.exit_code == code), MinheritError)
+    if stopped:
+        kind = PreemptedError
+    return kind(f"{folder}: {reason}", fix=f"What it printed is in {folder / CONSOLE}.")

@@ -1,0 +1,87 @@
+"""One arm: its start is made once, its run is resumed or only read, and a run of another recipe is not continued."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from megatron_inherit.base.errors import ConfigError, PreemptedError
+from megatron_inherit.config.load import load_recipe
+from megatron_inherit.study.arms import Trainer, is_finished, make_start
+from tests.support.tiny_run import curve, recipe, status, write_corpus
+
+pytest.importorskip("megatron.core")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.mark.slow
+def test_an_arm_from_start_to_rows_and_back_again(tmp_path, corpus):
+    teacher = load_recipe(recipe(tmp_path / "teacher", corpus))
+    with Trainer() as trainer:
+        trainer.train(teacher)
+        start = make_start(teacher.run.output, tmp_path / "start", layers="first:1")
+        stamp = (start / "inherit.json").stat().st_mtime_ns
+        student = load_recipe(
+            recipe(
+                tmp_path / "student", corpus, model={"path": str(start), "preset": None, "init": "weights", "shape": {}}
+            )
+        )
+        run = trainer.train(student)
+        assert run.evals[-1]["step"] == 20
+        assert run.evals[0]["step"] == 0
+        assert run.inheritance["plan"]["layer_map"] == [0]
+        began = (tmp_path / "student/run/console.log").stat().st_size
+        again = trainer.train(student)
+        assert again.evals == run.evals
+        assert (tmp_path / "student/run/console.log").stat().st_size == began, "a finished run was run again"
+    assert make_start(teacher.run.output, start, layers="first:1").joinpath("inherit.json").stat().st_mtime_ns == stamp
+    other = student.model_copy(update={"optimizer": student.optimizer.model_copy(update={"lr": 1e-3})})
+    with pytest.raises(ConfigError, match=r"another recipe: optimizer\.lr differs"):
+        is_finished(other)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_gives_the_same_rows(tmp_path, corpus):
+    whole = load_recipe(recipe(tmp_path / "whole", corpus))
+    with Trainer() as trainer:
+        trainer.train(whole)
+    path = recipe(tmp_path / "killed", corpus)
+    code = (
+        "import sys\n"
+        "from megatron_inherit.config.load import load_recipe\n"
+        "from megatron_inherit.study.arms import Trainer\n"
+        "with Trainer() as trainer: trainer.train(load_recipe(sys.argv[1]))"
+    )
+    folder = tmp_path / "killed/run"
+    parent = subprocess.Popen([sys.executable, "-c", code, path])
+    while not list(folder.glob("checkpoints/step_*/manifest.json")):
+        time.sleep(0.05)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    with Trainer() as trainer:
+        trainer.train(load_recipe(path))
+    assert curve(folder) == curve(tmp_path / "whole/run")
+    assert status(folder)["exit_code"] == 0
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_says_why_with_its_exit_code(tmp_path, corpus):
+    path = recipe(tmp_path / "bad", corpus, data={"path": str(tmp_path / "nowhere")})
+    with Trainer() as trainer, pytest.raises(Exception, match="nowhere") as caught:
+        trainer.train(load_recipe(path))
+    assert caught.value.exit_code == 4
+
+
+@pytest.mark.slow
+def test_a_stopped_trainer_begins_nothing(tmp_path, corpus):
+    trainer = Trainer()
+    trainer.stop()
+    with pytest.raises(PreemptedError):
+        trainer.train(load_recipe(recipe(tmp_path / "late", corpus)))
+    assert not list((tmp_path / "late/run").glob("*.yaml"))
