@@ -49,12 +49,9 @@ def low_rank(tensors: Sequence[numpy.ndarray], *, rank: int) -> numpy.ndarray:
 
 def quantise(tensors: Sequence[numpy.ndarray], *, bits: int) -> numpy.ndarray:
     """Rounds each row to ``2**bits - 1`` symmetric levels and gives the values back (round to nearest, scale a row)."""
-    import numpy as np
+    from megatron_inherit.checkpoint.packing import quantise_rows, values_of
 
-    limit = 2 ** (bits - 1) - 1
-    largest = np.abs(tensors[0]).max(axis=-1, keepdims=True) / limit
-    step = np.where(largest == 0, 1.0, largest)
-    return np.round(tensors[0] / step) * step
+    return values_of(*quantise_rows(tensors[0], bits))
 
 
 def prune(tensors: Sequence[numpy.ndarray], *, keep: int, of: int) -> numpy.ndarray:

@@ -19,6 +19,7 @@ from megatron_inherit.checkpoint.files import FilePool
 from megatron_inherit.checkpoint.formats.safetensors_file import read_header
 from megatron_inherit.checkpoint.gather import scatter
 from megatron_inherit.checkpoint.manifest import TILE_BYTES, TensorHash, row_tiles
+from megatron_inherit.checkpoint.packing import SCALES, pack, quantise_rows, values_of
 from megatron_inherit.checkpoint.stream import Source, StoredTensor, dense_tensor, read_box
 from megatron_inherit.plan.functions import apply
 from megatron_inherit.plan.init import draw
@@ -54,7 +55,9 @@ class Mover:
 
     def run(self, op: Op) -> TensorHash:
         """Writes one tensor and gives the hash of what was written."""
-        target = self.targets[op.target]
+        target, scales = self.targets[op.target], self.targets.get(f"{SCALES}{op.target}")
+        if scales is not None:
+            return self._pack(op, target, scales)
         digest = xxhash.xxh3_128()
         for start, values in self._tiles(op, target):
             block = np.ascontiguousarray(values)
@@ -62,6 +65,20 @@ class Mover:
             scatter(self.pool, target.pieces, start, block)
             self.progress(block.nbytes)
         return TensorHash(op.dtype, op.shape, digest.hexdigest())
+
+    def _pack(self, op: Op, target: StoredTensor, scales: StoredTensor) -> TensorHash:
+        """Writes the codes and scales of a matrix; the hash is that of the values which they stand for."""
+        made = self.ops[op.to] if isinstance(op, Tie) else op
+        if not isinstance(made, Compute) or made.function != "quantise":
+            raise PlanError(f"{op.target} is stored packed, and {made.describe()} does not quantise it.")
+        bits = made.arguments["bits"]
+        codes, steps = quantise_rows(self._inputs(made)[0], bits)
+        packed = np.ascontiguousarray(pack(codes, bits))
+        scatter(self.pool, target.pieces, (0, 0), packed)
+        scatter(self.pool, scales.pieces, (0,), steps)
+        values = cast(values_of(codes, steps), "F64", op.dtype)
+        self.progress(values.nbytes)
+        return TensorHash(op.dtype, op.shape, xxhash.xxh3_128_hexdigest(np.ascontiguousarray(values).data))
 
     def _tiles(self, op: Op, target: StoredTensor) -> Iterator[Tile]:
         if isinstance(op, Tie):
@@ -127,14 +144,14 @@ class Mover:
             pool.close()
 
     def _compute(self, op: Compute) -> Iterator[Tile]:
-        inputs = []
-        for name in op.sources:
-            raw = self._source().read(name)
-            inputs.append(cast(raw.array(), raw.dtype, "F64"))
-        result = apply(op.function, inputs, dict(op.arguments))
+        result = apply(op.function, self._inputs(op), dict(op.arguments))
         if result.shape != op.shape:
             raise PlanError(f"{op.describe()} gives {op.target} the wrong shape.", got=result.shape, expected=op.shape)
         yield (0,) * len(op.shape), cast(result.astype(np.float64), "F64", op.dtype)
+
+    def _inputs(self, op: Compute) -> list[np.ndarray]:
+        found = (self._source().read(name) for name in op.sources)
+        return [cast(raw.array(), raw.dtype, "F64") for raw in found]
 
     def _buffer(self, shape: Shape, dtype: str) -> np.ndarray:
         """Gives this thread's buffer, seen as a tile; the same memory serves every tile of a thread."""

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from megatron_inherit.base.errors import UsageError
+from megatron_inherit.checkpoint.packing import KEY as PACKING
 from megatron_inherit.checkpoint.stages import KEY
 from megatron_inherit.checkpoint.stream import Source
 from megatron_inherit.inherit.inheritune import plan_inheritance
@@ -16,9 +17,9 @@ from megatron_inherit.sharing.learngene import require_plan
 from megatron_inherit.sharing.stage_plan import StagePlan
 
 RULES = ("front", "middle", "back", "even", "proportional")
+_BITS: dict[Method, int] = {"int8": 8, "int4": 4}
 _FUNCTION: dict[Method, tuple[str, dict[str, int]]] = {
-    "int8": ("quantise", {"bits": 8}),
-    "int4": ("quantise", {"bits": 4}),
+    **{method: ("quantise", {"bits": bits}) for method, bits in _BITS.items()},
     "2:4": ("prune", {"keep": 2, "of": 4}),
 }
 
@@ -124,11 +125,19 @@ def compressed(plan: TransferPlan, method: Method | None) -> TransferPlan:
     """Rounds or prunes the matrices of the blocks that a plan copies; norms, biases and embeddings stay as they are.
 
     Statistics are those of one matrix alone, so that a compressed learngene, expanded, is the compressed descendant.
+    A learngene of integers is stored packed; other formats, which any tool must read, hold the rounded values.
     """
     if method is None:
         return plan
     ops = tuple(_compressed(op, method) for op in plan.ops)
-    return dataclasses.replace(plan, title=f"{plan.title}, {method}", ops=ops).check()
+    hf_config = plan.hf_config
+    if plan.layout.format == "learngene" and method in _BITS:
+        hf_config = {**(hf_config or {}), PACKING: {"bits": _BITS[method], "dtype": _block_dtype(plan)}}
+    return dataclasses.replace(plan, title=f"{plan.title}, {method}", ops=ops, hf_config=hf_config).check()
+
+
+def _block_dtype(plan: TransferPlan) -> str:
+    return next(op.dtype for op in plan.ops if op.target.startswith("layers.") and len(op.shape) == 2)
 
 
 def _compressed(op: Op, method: Method) -> Op:

@@ -6,7 +6,8 @@
     learngene.safetensors   embed.weight, sws.stages.{s}.attn.q.weight, ..., final_norm.weight, head.weight
     tokenizer and licence files
 
-Read as a source it is the whole model, whose layers of a stage lie at the same place.
+Read as a source it is the whole model, whose layers of a stage lie at the same place. With ``sws_packing`` in
+``config.json`` the stages' matrices are integers with scales, see ``checkpoint.packing``; readers get their values.
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ import xxhash
 from megatron_inherit.arch.model_config import ModelConfig
 from megatron_inherit.arch.tensors import enumerate_tensors
 from megatron_inherit.base.atomic import write_bytes, write_json
+from megatron_inherit.base.errors import CheckpointError
 from megatron_inherit.checkpoint.files import FilePool, create_file, is_remote, join
 from megatron_inherit.checkpoint.formats.hf import read_licence, side_files
 from megatron_inherit.checkpoint.formats.hf_config import read_config, write_config
 from megatron_inherit.checkpoint.formats.native import read_json
 from megatron_inherit.checkpoint.formats.safetensors_file import build_header, read_header
-from megatron_inherit.checkpoint.stages import KEY, read_ids, share_names, stored_name
-from megatron_inherit.checkpoint.stream import Sink, SinkOptions, Source, dense_tensor
+from megatron_inherit.checkpoint.packing import KEY as PACKING
+from megatron_inherit.checkpoint.packing import SCALES, is_packed, packed_tensor, packing_of, scale_name, stored_form
+from megatron_inherit.checkpoint.stages import KEY, Ids, read_ids, share_names, stored_name
+from megatron_inherit.checkpoint.stream import Sink, SinkOptions, Source, StoredTensor, dense_tensor
 
 FILE = "learngene.safetensors"
 
@@ -46,16 +50,20 @@ def open_source(path: str) -> Source:
     raw = read_json(Path(where))
     config = read_config(raw, where=where)
     extents, header = read_header(pool, join(path, FILE))
+    ids, packing = read_ids(raw, config, where), packing_of(raw, where)
     stored = {name: dense_tensor(e.file, e.offset, e.dtype, e.shape) for name, e in extents.items()}
-    ids = read_ids(raw, config, where)
+    if packing is not None:
+        shapes = {stored_name(spec.name, ids): spec.shape for spec in enumerate_tensors(config) if is_packed(spec)}
+        stored |= {name: packed_tensor(name, shape, extents, packing, pool) for name, shape in shapes.items()}
     return Source(
         format="learngene",
         path=path,
         config=config,
         tensors=share_names(stored, config, ids, path),
         side_files=side_files(pool, path),
-        hf_config=raw,
-        details={KEY: {name: list(values) for name, values in ids.items()}},
+        hf_config={name: value for name, value in raw.items() if name != PACKING},
+        details={KEY: {name: list(values) for name, values in ids.items()}}
+        | ({} if packing is None else {PACKING: packing._asdict()}),
         identity={FILE: header, "config.json": xxhash.xxh3_128_hexdigest(Path(where).read_bytes())},
         licence=read_licence(pool, path),
         pool=pool,
@@ -68,14 +76,24 @@ def make_sink(config: ModelConfig, dtypes: Mapping[str, str], options: SinkOptio
     Args:
         config: The model at its full depth.
         dtypes: Type of each canonical tensor.
-        options: ``hf_config`` must hold the ids under ``sws``; ``side_files`` are copied.
+        options: ``hf_config`` must hold the ids under ``sws``, and may ask for packing; ``side_files`` are copied.
+
+    Raises:
+        CheckpointError: The ids are missing, or packed matrices were to have several types.
     """
     given = dict(options.hf_config or {})
-    ids = read_ids(given, config, "the output's config.json")
+    where = "the output's config.json"
+    ids, packing = read_ids(given, config, where), packing_of(given, where)
     entries: dict[str, tuple[str, str, tuple[int, ...]]] = {}
     for spec in enumerate_tensors(config):
-        name = stored_name(spec.name, ids)
-        entries.setdefault(name, (name, dtypes[spec.name], spec.shape))
+        name, dtype = stored_name(spec.name, ids), dtypes[spec.name]
+        if packing is None or not is_packed(spec):
+            entries.setdefault(name, (name, dtype, spec.shape))
+            continue
+        if dtype != packing.dtype:
+            raise CheckpointError(f"{spec.name} cannot be packed as {packing.dtype}.", got=dtype, fix="Give --dtype.")
+        entries.setdefault(name, (name, *stored_form(packing.bits, spec.shape)))
+        entries.setdefault(scale_name(name), (scale_name(name), "F32", spec.shape[:1]))
     head, places, size = build_header(list(entries.values()))
     stored = {name: dense_tensor(FILE, places[name][0], dtype, shape) for name, dtype, shape in entries.values()}
     raw = write_config(config, next(iter(dtypes.values()))) | given
@@ -90,4 +108,16 @@ def make_sink(config: ModelConfig, dtypes: Mapping[str, str], options: SinkOptio
         pool.close()
         write_json(folder / "config.json", raw)
 
-    return Sink("learngene", config, share_names(stored, config, ids, FILE), {FILE: size}, prepare, finish)
+    tensors = _targets(config, stored, ids)
+    return Sink("learngene", config, tensors, {FILE: size}, prepare, finish)
+
+
+def _targets(config: ModelConfig, stored: Mapping[str, StoredTensor], ids: Ids) -> dict[str, StoredTensor]:
+    """Gives the place of each canonical tensor, and of the scales of packed ones as ``scale:NAME``."""
+    found = {}
+    for spec in enumerate_tensors(config):
+        name = stored_name(spec.name, ids)
+        found[spec.name] = stored[name]
+        if scale_name(name) in stored:
+            found[f"{SCALES}{spec.name}"] = stored[scale_name(name)]
+    return found

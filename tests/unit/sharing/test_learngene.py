@@ -1,11 +1,17 @@
 """Learngenes on disk: made from a teacher, read by every tool, expanded to any depth in any format."""
 
+import json
+
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from megatron_inherit.arch.presets import preset
 from megatron_inherit.base.errors import CheckpointError, ConfigError, UsageError
+from megatron_inherit.checkpoint.compare import compare_manifest
 from megatron_inherit.checkpoint.detect import open_source
+from megatron_inherit.checkpoint.manifest import load_file as load_manifest
+from megatron_inherit.checkpoint.packing import pack, quantise_rows, unpack, values_of
 from megatron_inherit.inherit.inheritune import plan_fresh
 from megatron_inherit.plan.convert import plan_conversion
 from megatron_inherit.plan.execute import execute
@@ -13,6 +19,7 @@ from megatron_inherit.plan.plan import Layout, TransferPlan
 from megatron_inherit.sharing.expand import candidates, compressed, place, plan_descendant
 from megatron_inherit.sharing.learngene import plan_auxiliary, plan_extraction, plan_of
 from megatron_inherit.sharing.stage_plan import contiguous, cycle, parse_plan
+from megatron_inherit.sharing.tensors import enumerate_stored
 
 PLAN = contiguous((2, 1, 3))
 HIERARCHICAL = parse_plan("attn=2,2;mlp=4;norm=unshared:4")
@@ -128,18 +135,73 @@ def test_any_tool_takes_a_learngene_as_the_whole_model(tmp_path, learngene):
                 assert values(whole, name) == values(source, name)
 
 
+@pytest.mark.parametrize("dtype", [None, "BF16"])
 @pytest.mark.parametrize("method", ["int8", "int4", "2:4"])
-def test_compressing_before_or_after_expansion_is_the_same(tmp_path, learngene, method):
+def test_compressing_before_or_after_expansion_is_the_same(tmp_path, learngene, method, dtype):
     stages = place(PLAN, 5, "back")
     with open_source(learngene) as source:
-        execute(compressed(plan_extraction(source), method), tmp_path / "small", source=source)
-        execute(plan_descendant(source, stages, compress=method), tmp_path / "after", source=source)
+        execute(compressed(plan_extraction(source, dtype=dtype), method), tmp_path / "small", source=source)
+        execute(plan_descendant(source, stages, compress=method, dtype=dtype), tmp_path / "after", source=source)
         plain = values(source, "layers.0.mlp.up.weight")
     with open_source(tmp_path / "small") as small:
         assert values(small, "layers.0.mlp.up.weight") != plain
         execute(plan_descendant(small, stages), tmp_path / "before", source=small)
     before, after = (tmp_path / name / "model.safetensors" for name in ("before", "after"))
     assert before.read_bytes() == after.read_bytes()
+    assert "sws_packing" not in (tmp_path / "before" / "config.json").read_text()
+
+
+@pytest.mark.parametrize(("method", "bits", "kind"), [("int8", 8, "I8"), ("int4", 4, "U8")])
+def test_integers_are_stored_packed(tmp_path, learngene, method, bits, kind):
+    with open_source(learngene) as source:
+        execute(compressed(plan_extraction(source), method), tmp_path / "small", source=source)
+        specs = [spec for spec in enumerate_stored(source.config, PLAN) if spec.name.startswith("sws.stages.")]
+    stored = load_file(tmp_path / "small" / "learngene.safetensors")
+    for spec in specs:
+        found = stored[spec.name]
+        if len(spec.shape) == 2:
+            scale = stored[spec.name.replace(".weight", ".scale")]
+            assert (found.dtype, scale.dtype) == ({"I8": np.int8, "U8": np.uint8}[kind], np.float32)
+            assert found.size == spec.numel * bits // 8
+            assert scale.shape == spec.shape[:1]
+        else:
+            assert found.dtype == np.float32
+    with open_source(tmp_path / "small") as small:
+        name = "layers.0.attn.q.weight"
+        matrix = small.read(name).array()
+        codes = matrix / stored["sws.stages.0.attn.q.scale"][:, None]
+        assert np.abs(codes - np.round(codes)).max() < 1e-5
+        assert np.abs(codes).max() == pytest.approx(2 ** (bits - 1) - 1)
+        assert small.read(name, (slice(3, 5), slice(1, 4))).array().tolist() == matrix[3:5, 1:4].tolist()
+        assert compare_manifest(small, load_manifest(tmp_path / "small" / "manifest.json")) == []
+
+
+def test_codes_come_back_whatever_the_width():
+    random = np.random.default_rng(1)
+    for columns in (1, 2, 7, 8):
+        for bits in (8, 4):
+            codes, scales = quantise_rows(random.normal(size=(5, columns)), bits)
+            assert np.array_equal(unpack(pack(codes, bits), bits, columns), codes)
+            assert np.abs(codes).max() == 2 ** (bits - 1) - 1
+    codes, scales = quantise_rows(np.zeros((2, 3)), 4)
+    assert values_of(codes, scales).tolist() == [[0.0] * 3] * 2
+
+
+@pytest.mark.parametrize("change", ["no scale", "bits", "field"])
+def test_damaged_packing_is_refused(tmp_path, learngene, change):
+    with open_source(learngene) as source:
+        execute(compressed(plan_extraction(source), "int4"), tmp_path / "small", source=source)
+    file, config = tmp_path / "small" / "learngene.safetensors", tmp_path / "small" / "config.json"
+    raw = json.loads(config.read_text())
+    if change == "no scale":
+        tensors = load_file(file)
+        del tensors["sws.stages.1.mlp.up.scale"]
+        save_file(tensors, file)
+    else:
+        raw["sws_packing"] = {"bits": 8, "dtype": "F32"} if change == "bits" else "int4"
+        config.write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match=r"packed|packing"):
+        open_source(tmp_path / "small")
 
 
 @pytest.mark.parametrize(
