@@ -20,8 +20,8 @@ class Drawing:
 
 
 def drawings_of(analysis: Mapping[str, Any]) -> list[Drawing]:
-    """Lists the figures of a JSON file of ``minherit analyze``; an unknown kind has none."""
-    makers = {"attention": _attention, "importance": _importance}
+    """Lists the figures of a JSON file of ``minherit analyze``, or of a study's script; an unknown kind has none."""
+    makers = {"attention": _attention, "importance": _importance, "points": _points, "curves": _curves}
     maker = makers.get(str(analysis.get("kind")))
     return maker(analysis) if maker else []
 
@@ -109,3 +109,33 @@ def _importance(analysis: Mapping[str, Any]) -> list[Drawing]:
             )
         )
     return found
+
+
+def _points(analysis: Mapping[str, Any]) -> list[Drawing]:
+    """A study's values at a few places: ``groups`` of label -> [x, y, error], ``reference`` [label, y]."""
+    groups = {label: [(x, y, error) for x, y, error in rows] for label, rows in analysis["groups"].items()}
+
+    def draw(wide: bool = True) -> Any:
+        reference = analysis.get("reference")
+        return plots.points(
+            groups,
+            xlabel=analysis["xlabel"],
+            ylabel=analysis["ylabel"],
+            reference=None if reference is None else (reference[0], reference[1]),
+            wide=wide,
+        )
+
+    return [Drawing(analysis["name"], analysis["title"], analysis["note"], draw)]
+
+
+def _curves(analysis: Mapping[str, Any]) -> list[Drawing]:
+    """A study's losses against tokens seen: ``curves`` with label, x, y and error."""
+    curves = [plots.Curve(one["label"], one["x"], one["y"], one["error"]) for one in analysis["curves"]]
+    return [
+        Drawing(
+            analysis["name"],
+            analysis["title"],
+            analysis["note"],
+            lambda wide=True: plots.loss_curves(curves, wide=wide),
+        )
+    ]
