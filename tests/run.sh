@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-bash tools/setup.sh megatron,deepspeed,kernels,hf,data,remote,gguf,eval,plots,docs,dev
+bash tools/setup.sh megatron,deepspeed,kernels,hf,data,remote,gguf,eval,plots,loggers,docs,dev
 export PATH="$PWD/.venv/bin:$PATH"
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY=PASSIVE DS_ACCELERATOR=cpu CUDA_DEVICE_MAX_CONNECTIONS=1

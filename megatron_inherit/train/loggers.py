@@ -1,6 +1,6 @@
 """TensorBoard, Weights & Biases, trackio and MLflow behind ``log(values, step)``; nothing is sent unless asked to be.
 
-wandb runs offline unless ``WANDB_MODE`` says otherwise; MLflow writes into the run's folder unless
+wandb runs offline unless ``WANDB_MODE`` says otherwise; MLflow writes files into the run's folder unless
 ``MLFLOW_TRACKING_URI`` is set; trackio keeps its own local database.
 """
 
@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_inherit.base.errors import MissingExtraError
 from megatron_inherit.base.log import get_logger
 from megatron_inherit.base.optional import require
 from megatron_inherit.train.metrics import MetricsLogger
@@ -71,12 +72,17 @@ class Trackio:
 
 
 class MLflow:
-    """A run of MLflow, in ``mlflow.db`` of the run unless a server is named."""
+    """A run of MLflow, in ``mlruns/`` of the run unless a server is named.
+
+    The files need no database package, which ``mlflow-skinny`` does not bring; MLflow 3 wants to be told that they are
+    meant. ``mlflow ui --backend-store-uri RUN/mlruns`` shows them.
+    """
 
     def __init__(self, folder: Path, project: str, name: str, config: Mapping[str, Any]) -> None:
         self._mlflow = require("mlflow", "logging.loggers=mlflow")
-        if "MLFLOW_TRACKING_URI" not in os.environ:
-            self._mlflow.set_tracking_uri(f"sqlite:///{folder.absolute() / 'mlflow.db'}")
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
+        place = os.environ.get("MLFLOW_TRACKING_URI") or (folder.absolute() / "mlruns").as_uri()
+        self._mlflow.set_tracking_uri(place)
         self._mlflow.set_experiment(project)
         self._mlflow.start_run(run_name=name)
         self._mlflow.log_dict(dict(config), "run.json")
@@ -117,6 +123,8 @@ def open_loggers(
     for name in names:
         try:
             opened[name] = LOGGERS[name](folder, project, run, config)
-        except (OSError, RuntimeError, ValueError) as error:
-            logger.warning("The logger %s cannot be opened and is left out: %s", name, error)
+        except MissingExtraError:
+            raise
+        except Exception as error:
+            logger.warning("The logger %s cannot be opened and is left out: %s: %s", name, type(error).__name__, error)
     return opened

@@ -1,11 +1,15 @@
+import contextlib
 import json
 import math
 import re
+import sqlite3
 
 import pytest
 
 from megatron_inherit.arch.counts import flops_per_token
 from megatron_inherit.arch.presets import preset
+from megatron_inherit.base.errors import MissingExtraError
+from megatron_inherit.base.optional import require
 from megatron_inherit.train.loggers import open_loggers
 from megatron_inherit.train.metrics import MetricsLog, session_row, speedometer, trim
 from megatron_inherit.train.progress import Progress
@@ -92,17 +96,59 @@ def test_tensorboard_writes_an_event_file(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(3, 1.0)]
 
 
+def wandb_loss(folder):
+    (record,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    return b"train/loss" in record.read_bytes()
+
+
+def trackio_loss(folder):
+    with contextlib.closing(sqlite3.connect(folder / "trackio" / "p.db")) as base:
+        return json.loads(base.execute("select metrics from metrics").fetchone()[0])["train/loss"] == 1.5
+
+
+def mlflow_loss(folder):
+    (record,) = folder.glob("mlruns/*/*/metrics/train/loss")
+    _, value, step = record.read_text().split()
+    return (float(value), int(step)) == (1.5, 3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["wandb", "trackio", "mlflow"])
-def test_the_other_loggers_take_numbers_offline(tmp_path, monkeypatch, name):
+def test_the_other_loggers_keep_numbers_offline(tmp_path, monkeypatch, name):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when trackio is imported
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.delenv("WANDB_MODE", raising=False)
+    for variable in ("WANDB_MODE", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(variable, raising=False)
     pytest.importorskip(name)
-    loggers = open_loggers((name,), tmp_path, project="p", run="r", config={"a": 1})
-    loggers[name].log({"train/loss": 1.0}, 1)
+    loggers = open_loggers((name,), tmp_path, project="p", run="r", config={"a": {"b": [1]}})
+    loggers[name].log({"train/loss": 1.5}, 3)
     loggers[name].close()
-    assert any(tmp_path.iterdir())
+    assert {"wandb": wandb_loss, "trackio": trackio_loss, "mlflow": mlflow_loss}[name](tmp_path)
+
+
+@pytest.mark.slow
+def test_a_server_that_mlflow_cannot_reach_is_told_of_and_left_out(tmp_path, monkeypatch, caplog):
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nosuch://server")
+    assert open_loggers(("mlflow",), tmp_path, project="p", run="r", config={}) == {}
+    assert "The logger mlflow cannot be opened and is left out: Unsupported" in caplog.text
+
+
+def test_a_logger_that_cannot_be_opened_is_left_out_whatever_it_raises(tmp_path, monkeypatch, caplog):
+    class Refused(Exception):
+        pass
+
+    def refuse(*_):
+        raise Refused("no such project")
+
+    def missing(*_):
+        require("a_package_that_nobody_has", "logging.loggers=wandb")
+
+    monkeypatch.setattr("megatron_inherit.train.loggers.LOGGERS", {"trackio": refuse, "wandb": missing})
+    assert open_loggers(("trackio",), tmp_path, project="p", run="r", config={}) == {}
+    assert "trackio cannot be opened and is left out: Refused: no such project" in caplog.text
+    with pytest.raises(MissingExtraError, match="pip install"):
+        open_loggers(("wandb",), tmp_path, project="p", run="r", config={})
 
 
 def test_lines_without_a_terminal(caplog):
