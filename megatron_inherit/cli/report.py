@@ -18,12 +18,20 @@ def report(
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "",
     price: Annotated[float | None, typer.Option(help="Money for one device-hour, for the cost lines.")] = None,
     analysis: Annotated[list[Path] | None, typer.Option(help="JSON of 'minherit analyze' to show; repeatable.")] = None,
+    evaluation: Annotated[
+        list[Path] | None, typer.Option(help="JSON of 'minherit evaluate --out' to show; repeatable.")
+    ] = None,
 ) -> None:
     """Write one self-contained HTML file and, beside it, a PNG of the curves and the table."""
     from megatron_inherit.eval.report import write_report
 
     page, picture = write_report(
-        paths, out=out or paths[0] / "report.html", title=title, price=price, analyses=analysis or ()
+        paths,
+        out=out or paths[0] / "report.html",
+        title=title,
+        price=price,
+        analyses=analysis or (),
+        evaluations=evaluation or (),
     )
     _print_arms(paths)
     typer.echo(f"{page}\n{picture}")

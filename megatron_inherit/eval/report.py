@@ -22,6 +22,7 @@ from megatron_inherit.eval.analysis_charts import Drawing, drawings_of
 from megatron_inherit.eval.layer_map import LayerMap, map_of
 from megatron_inherit.eval.run_facts import Arm, Machine, arms_of, machine_of
 from megatron_inherit.eval.runs import Run, find_runs, read_json
+from megatron_inherit.eval.task_table import task_tables
 
 MISSING = "\N{EN DASH}"
 LONG_BUDGETS = (10**9, 50 * 10**9)
@@ -49,7 +50,13 @@ class Chart:
 
 
 def write_report(
-    paths: Sequence[Path], *, out: Path, title: str = "", price: float | None = None, analyses: Sequence[Path] = ()
+    paths: Sequence[Path],
+    *,
+    out: Path,
+    title: str = "",
+    price: float | None = None,
+    analyses: Sequence[Path] = (),
+    evaluations: Sequence[Path] = (),
 ) -> tuple[Path, Path]:
     """Writes the page and, beside it under the same name, the picture.
 
@@ -59,6 +66,7 @@ def write_report(
         title: Heading; default made of the runs.
         price: Money for one device-hour, for the cost lines; without it only device-hours are given.
         analyses: JSON files of ``minherit analyze`` to show too.
+        evaluations: JSON files of ``minherit evaluate --out``, of models that are no runs (a teacher, say).
 
     Returns:
         The HTML and the PNG file.
@@ -71,13 +79,19 @@ def write_report(
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     picture = out.with_suffix(".png")
-    write_text(out, render(runs, title=title, price=price, analyses=[read_json(path) for path in analyses]))
+    analysed, evaluated = ([read_json(path) for path in files] for files in (analyses, evaluations))
+    write_text(out, render(runs, title=title, price=price, analyses=analysed, evaluations=evaluated))
     write_bytes(picture, picture_of(runs))
     return out, picture
 
 
 def render(
-    runs: Sequence[Run], *, title: str = "", price: float | None = None, analyses: Sequence[Mapping[str, Any]] = ()
+    runs: Sequence[Run],
+    *,
+    title: str = "",
+    price: float | None = None,
+    analyses: Sequence[Mapping[str, Any]] = (),
+    evaluations: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """Gives the page's HTML; nothing in it is fetched from elsewhere."""
     arms = arms_of(runs)
@@ -99,7 +113,10 @@ def render(
         "map_key": [(state, words) for state, words in MAP_KEY if any(drawing.has(state) for *_, drawing in maps)],
         "best": min((arm for arm in arms if arm.loss is not None and not arm.is_teacher), key=_loss, default=None),
         "charts": [*_loss_charts(students, teacher), *_sweep_chart([arm for arm in arms if not arm.is_teacher])],
-        "evaluations": [(run.label, result) for run in runs for result in run.evaluations],
+        "tasks": task_tables(
+            [(Path(result["checkpoint"]).name, result) for result in evaluations]
+            + [(run.label, result) for run in runs for result in run.evaluations]
+        ),
         "analyses": [_drawn(drawing) for analysis in analyses for drawing in drawings_of(analysis)],
         "machines": _machines(runs),
         "formula": MFU_FORMULAS.get(arms[0].mfu_formula, arms[0].mfu_formula),
