@@ -12,6 +12,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" OMP_WAIT_POLICY=PASSIVE
 
 out=runs/smollm2
 teacher="$out/SmolLM2-135M-Instruct"
+SECONDS=0
 step() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
 run() { printf '$ %s\n' "$*"; "$@"; }
 
@@ -42,9 +43,12 @@ for arm in inherited random; do
 done
 
 step "Two real tasks, zero-shot, 100 items each"
-for model in "$teacher" "$out/inherited" "$out/random"; do
-  run minherit evaluate "$model" --tasks piqa,arc_easy --data-dir examples/evals --out "$out/eval-$(basename "$model").json"
-done
+score() { run minherit evaluate "$@" --tasks piqa,arc_easy --data-dir examples/evals; }
+score "$teacher" --out "$out/teacher-tasks.json"
+score "$out/inherited"
+score "$out/random"
 
 step "What came of it (teacher: Instruct, dequantised from Q4_1)"
-run minherit report "$out/inherited" "$out/random" --out "$out/report.html" --title "SmolLM2-135M-Instruct (dequantised from Q4_1), 30 to 15 blocks"
+run minherit report "$out/inherited" "$out/random" --evaluation "$out/teacher-tasks.json" --out "$out/report.html" \
+  --title "SmolLM2-135M-Instruct (dequantised from Q4_1), 30 to 15 blocks"
+printf '\nDone in %d min %d s, set-up not counted.\n' $((SECONDS / 60)) $((SECONDS % 60))

@@ -10,6 +10,7 @@ export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" OMP_WAIT_POLICY=PASSIVE # threads that wait give their core to others
 
 out=runs/quickstart
+SECONDS=0
 step() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
 run() { printf '$ %s\n' "$*"; "$@"; }
 
@@ -46,6 +47,7 @@ done
 
 cat <<TEXT
 
+Done in $((SECONDS / 60)) min $((SECONDS % 60)) s, set-up not counted.
 The page:      $out/report.html (and report.png beside it)
 The student:   $out/student-hf, an ordinary folder for AutoModelForCausalLM.from_pretrained
 On a cluster:  minherit inherit YOUR_TEACHER student --layers first:8
