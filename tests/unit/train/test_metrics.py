@@ -3,6 +3,7 @@ import json
 import math
 import re
 import sqlite3
+import time
 
 import pytest
 
@@ -98,6 +99,9 @@ def test_tensorboard_writes_an_event_file(tmp_path):
 
 def wandb_loss(folder):
     (record,) = folder.glob("wandb/offline-run-*/run-*.wandb")
+    deadline = time.monotonic() + 60
+    while b"train/loss" not in record.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.1)  # wandb's own process writes it, a little after the run has ended
     return b"train/loss" in record.read_bytes()
 
 
