@@ -3,26 +3,9 @@
 # Every step is skipped where its result is there, so that the script can be run again after an interruption.
 set -euo pipefail
 
-dry_run=false smoke=false
-for argument in "$@"; do
-  case "$argument" in
-    --dry-run) dry_run=true ;;
-    --smoke) smoke=true ;;
-    -h | --help) sed -n '2,/^set -/s/^# \{0,1\}//p' "$0" | sed '$d'; exit 0 ;;
-    *) echo "$0: unknown option $argument; there are --smoke, --dry-run and --help." >&2; exit 2 ;;
-  esac
-done
+# shellcheck source=examples/cluster.sh
+source examples/cluster.sh
 
-step() { printf '\n== %s\n' "$*"; }
-run() {
-  printf '$'
-  printf ' %q' "$@"
-  printf '\n'
-  $dry_run || "$@"
-}
-missing() { $dry_run || [ ! -e "$1" ]; }
-
-extra=()
 if $smoke; then
   WORK="${SMOKE_WORK:-runs/smoke/$RECIPE}" NODES=1 GPUS_PER_NODE=1 LAUNCH=torchrun WORKERS=1 TASKS=lambada_openai SUITE=
   RAW="$WORK/raw" TASK_DATA="$WORK/tasks" TEACHER="$WORK/teacher" TOKENIZER=bytes TOKENS=20k LAYERS=first:2 SEQUENCE=64
@@ -33,10 +16,8 @@ if $smoke; then
   run "$PYTHON" examples/standard_library.py "$WORK/library.jsonl"
   run "$PYTHON" examples/smoke_inputs.py "$WORK/library.jsonl" "$RAW" "$TASK_DATA"
   missing "$TEACHER" && run minherit inherit llama-tiny "$TEACHER" --layers all --reset all
-elif ! $dry_run; then
-  for name in TEACHER RAW; do
-    [ -e "${!name}" ] || { echo "$0: $name=${!name} does not exist; set $name." >&2; exit 5; }
-  done
+else
+  require_inputs TEACHER RAW
 fi
 
 step "Data: ingest, tokenize, draw $TOKENS tokens with LLaMA's weights, fix the evaluation windows"
@@ -49,20 +30,7 @@ step "Slice: $LAYERS of $TEACHER"
 missing "$WORK/student" && run minherit inherit "$TEACHER" "$WORK/student" --layers "$LAYERS"
 
 step "Pretrain"
-overrides=("model.path=$WORK/student" "data.path=$WORK/subset" "eval.windows=$WORK/valid.safetensors" ${extra[@]+"${extra[@]}"})
-case "$LAUNCH" in
-  slurm)
-    run minherit launch slurm "$RECIPE" "${overrides[@]}" --output "$WORK/run" --nodes "$NODES" --gpus-per-node "$GPUS_PER_NODE" \
-      --time "$TIME" --partition "$PARTITION" --account "$ACCOUNT" --container "$CONTAINER" --image "$IMAGE" --submit
-    echo "Submitted. When exit_status.json in $WORK/run says 0, run this script again with LAUNCH=done."
-    $dry_run || exit 0
-    ;;
-  torchrun)
-    run torchrun --standalone --nproc-per-node "$GPUS_PER_NODE" -m megatron_inherit train "$RECIPE" "${overrides[@]}" "run.output=$WORK/run"
-    ;;
-  done) ;;
-  *) echo "$0: LAUNCH is slurm, torchrun or done." >&2; exit 2 ;;
-esac
+train_on_cluster "model.path=$WORK/student" "data.path=$WORK/subset" "eval.windows=$WORK/valid.safetensors" ${extra[@]+"${extra[@]}"}
 
 step "Evaluate, export, report"
 run minherit export "$WORK/run" "$WORK/student-trained" --overwrite

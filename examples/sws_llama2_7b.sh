@@ -20,26 +20,9 @@ NODES="${NODES:-5}" GPUS_PER_NODE="${GPUS_PER_NODE:-8}" TIME="${TIME:-24:00:00}"
 PARTITION="${PARTITION:-}" ACCOUNT="${ACCOUNT:-}" CONTAINER="${CONTAINER:-none}" IMAGE="${IMAGE:-}"
 PYTHON="${PYTHON:-python}"
 
-dry_run=false smoke=false
-for argument in "$@"; do
-  case "$argument" in
-    --dry-run) dry_run=true ;;
-    --smoke) smoke=true ;;
-    -h | --help) sed -n '2,/^set -/s/^# \{0,1\}//p' "$0" | sed '$d'; exit 0 ;;
-    *) echo "$0: unknown option $argument; there are --smoke, --dry-run and --help." >&2; exit 2 ;;
-  esac
-done
+# shellcheck source=examples/cluster.sh
+source examples/cluster.sh
 
-step() { printf '\n== %s\n' "$*"; }
-run() {
-  printf '$'
-  printf ' %q' "$@"
-  printf '\n'
-  $dry_run || "$@"
-}
-missing() { $dry_run || [ ! -e "$1" ]; }
-
-extra=()
 if $smoke; then
   WORK="${SMOKE_WORK:-runs/smoke/$RECIPE}" NODES=1 GPUS_PER_NODE=2 LAUNCH=torchrun WORKERS=1 PLAN=2,2 STAGES=2 DEPTHS=2,3
   RAW="$WORK/raw" TEACHER="$WORK/teacher" TOKENIZER=bytes TOKENS=20k SEQUENCE=64
@@ -51,10 +34,8 @@ if $smoke; then
   missing "$WORK/library.jsonl" && run "$PYTHON" examples/standard_library.py "$WORK/library.jsonl"
   missing "$RAW" && run "$PYTHON" examples/smoke_inputs.py "$WORK/library.jsonl" "$RAW" "$WORK/tasks"
   missing "$TEACHER" && run minherit inherit llama-tiny "$TEACHER" --layers all --reset all
-elif ! $dry_run; then
-  for name in TEACHER RAW; do
-    [ -e "${!name}" ] || { echo "$0: $name=${!name} does not exist; set $name." >&2; exit 5; }
-  done
+else
+  require_inputs TEACHER RAW
 fi
 
 step "Data: ingest, tokenize, draw $TOKENS tokens, fix the evaluation windows"
@@ -68,21 +49,8 @@ run minherit share plan "$PLAN" --pp "$STAGES" --model "$TEACHER"
 missing "$WORK/auxiliary" && run minherit share init "$TEACHER" "$WORK/auxiliary" --plan "$PLAN" --start "$START" --seed "$SEED"
 
 step "Distil"
-overrides=("model.path=$WORK/auxiliary" "distill.teacher=$TEACHER" "data.path=$WORK/subset" "eval.windows=$WORK/valid.safetensors"
-  ${extra[@]+"${extra[@]}"})
-case "$LAUNCH" in
-  slurm)
-    run minherit launch slurm "$RECIPE" "${overrides[@]}" --output "$WORK/run" --nodes "$NODES" --gpus-per-node "$GPUS_PER_NODE" \
-      --time "$TIME" --partition "$PARTITION" --account "$ACCOUNT" --container "$CONTAINER" --image "$IMAGE" --submit
-    echo "Submitted. When exit_status.json in $WORK/run says 0, run this script again with LAUNCH=done."
-    $dry_run || exit 0
-    ;;
-  torchrun)
-    run torchrun --standalone --nproc-per-node "$GPUS_PER_NODE" -m megatron_inherit train "$RECIPE" "${overrides[@]}" "run.output=$WORK/run"
-    ;;
-  done) ;;
-  *) echo "$0: LAUNCH is slurm, torchrun or done." >&2; exit 2 ;;
-esac
+train_on_cluster "model.path=$WORK/auxiliary" "distill.teacher=$TEACHER" "data.path=$WORK/subset" "eval.windows=$WORK/valid.safetensors" \
+  ${extra[@]+"${extra[@]}"}
 
 step "The learngene, and its family of ordinary models"
 run minherit share extract "$WORK/run" "$WORK/learngene" --overwrite

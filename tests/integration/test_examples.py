@@ -1,5 +1,6 @@
 """The examples a user runs: the dry runs print every command, the smoke runs carry all of them out."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,7 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-CLUSTER = ("inheritune_llama2_7b_50B.sh", "inheritune_openllama3b_1B.sh")
+INHERITUNE = ("inheritune_llama2_7b_50B.sh", "inheritune_openllama3b_1B.sh")
+SWS = "sws_llama2_7b.sh"
+DATA = ("data ingest", "data tokenize", "data subset", "data windows")
 
 
 def run_example(name, *options, **environ):
@@ -21,24 +24,20 @@ def run_example(name, *options, **environ):
     return subprocess.run(["bash", f"examples/{name}", *options], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("name", CLUSTER)
-def test_a_dry_run_prints_every_command_and_writes_nothing(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "commands"),
+    [(name, ("inherit ", "launch slurm", "export", "evaluate")) for name in INHERITUNE]
+    + [(SWS, ("share plan", "share init", "launch slurm sws-llama2-7b", "share extract", "share family"))],
+)
+def test_a_dry_run_prints_every_command_and_writes_nothing(name, commands, tmp_path):
     done = run_example(name, "--dry-run", WORK=str(tmp_path / "work"))
     assert done.returncode == 0, done.stderr
-    for command in (
-        "data ingest",
-        "data tokenize",
-        "data subset",
-        "data windows",
-        "inherit ",
-        "launch slurm",
-        "export",
-    ):
+    for command in (*DATA, *commands):
         assert f"$ minherit {command}" in done.stdout
     assert not (tmp_path / "work").exists()
 
 
-@pytest.mark.parametrize("name", CLUSTER)
+@pytest.mark.parametrize("name", [*INHERITUNE, SWS])
 def test_a_missing_teacher_is_said_before_anything_runs(name, tmp_path):
     done = run_example(name, TEACHER=str(tmp_path / "none"), WORK=str(tmp_path / "work"))
     assert done.returncode == 5
@@ -46,10 +45,28 @@ def test_a_missing_teacher_is_said_before_anything_runs(name, tmp_path):
     assert not (tmp_path / "work").exists()
 
 
+@pytest.mark.parametrize("name", [*INHERITUNE, SWS])
+def test_an_option_that_is_none_is_refused(name, tmp_path):
+    done = run_example(name, "--smoky", WORK=str(tmp_path / "work"))
+    assert done.returncode == 2
+    assert "--dry-run" in done.stderr
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CLUSTER)
+@pytest.mark.parametrize("name", INHERITUNE)
 def test_a_smoke_run_ends_with_a_student_and_a_page(name, tmp_path):
     done = run_example(name, "--smoke", SMOKE_WORK=str(tmp_path / "work"))
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert (tmp_path / "work" / "student-trained" / "model.safetensors").exists()
     assert "lambada_openai" in (tmp_path / "work" / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_smoke_run_ends_with_a_family(tmp_path):
+    done = run_example(SWS, "--smoke", SMOKE_WORK=str(tmp_path / "work"))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    family = json.loads((tmp_path / "work" / "family" / "family.json").read_text())
+    assert [row["depth"] for row in family["members"]] == [2, 3]
+    for depth in (2, 3):
+        assert (tmp_path / "work" / "family" / f"depth-{depth:02d}" / "model.safetensors").exists()
+    assert (tmp_path / "work" / "report.html").exists()
