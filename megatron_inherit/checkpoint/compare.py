@@ -11,6 +11,7 @@ import numpy as np
 from megatron_inherit.arch.model_config import ModelConfig
 from megatron_inherit.checkpoint.dtypes import CARRIERS, cast
 from megatron_inherit.checkpoint.extents import Shape
+from megatron_inherit.checkpoint.gather import row_major
 from megatron_inherit.checkpoint.manifest import TensorHash, hash_source, row_tiles
 from megatron_inherit.checkpoint.stream import Source, read_box
 
@@ -99,8 +100,8 @@ def _compare_tensor(left: Source, right: Source, name: str) -> Difference | None
     first: tuple[Shape, str, str] | None = None
     count, largest = 0, 0.0
     for start, shape in row_tiles(ours, theirs):
-        mine = np.ascontiguousarray(read_box(left.pool, ours, start, shape))
-        other = np.ascontiguousarray(read_box(right.pool, theirs, start, shape))
+        mine = row_major(read_box(left.pool, ours, start, shape))
+        other = row_major(read_box(right.pool, theirs, start, shape))
         bits = np.dtype(f"u{CARRIERS[ours.dtype].itemsize}")
         differing = mine.view(bits) != other.view(bits)
         if not differing.any():

@@ -12,17 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xxhash
 
 from megatron_inherit.base.errors import CheckpointError
 from megatron_inherit.checkpoint.extents import Shape
 from megatron_inherit.checkpoint.files import is_remote
+from megatron_inherit.checkpoint.gather import is_transposed, row_major
 from megatron_inherit.checkpoint.stream import Source, StoredTensor, read_box
 
 NAME = "manifest.json"
 TILE_BYTES = 1 << 20
 LARGE_TILE_BYTES = 1 << 23
+"""Of tensors that are stored transposed or far away: its runs are (tile / columns) long, and each costs a call."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,10 @@ def row_tiles(stored: StoredTensor, *others: StoredTensor) -> Iterator[tuple[Sha
     """
     rows, rest = stored.shape[0], stored.shape[1:]
     row_bytes = max(1, stored.nbytes // rows)
-    large = any(_is_transposed(one) for one in (stored, *others)) or any(map(is_remote, stored.files))
+    large = any(is_transposed(one.pieces) for one in (stored, *others)) or any(map(is_remote, stored.files))
     limit = LARGE_TILE_BYTES if large else TILE_BYTES
-    step = max(1, limit // row_bytes)
+    tiles = -(-rows // max(1, limit // row_bytes))
+    step = -(-rows // tiles)  # equal tiles: the last one of a transposed tensor has no shorter runs than the others
     for first in range(0, rows, step):
         yield (first, *(0,) * len(rest)), (min(step, rows - first), *rest)
 
@@ -63,7 +65,7 @@ def hash_tensor(source: Source, key: str) -> TensorHash:
     digest = xxhash.xxh3_128()
     for start, shape in row_tiles(stored):
         values = read_box(source.pool, stored, start, shape)
-        digest.update(np.ascontiguousarray(values).data)
+        digest.update(row_major(values).data)
     return TensorHash(stored.dtype, stored.shape, digest.hexdigest())
 
 
@@ -111,10 +113,3 @@ def load_file(path: Path | str) -> dict[str, TensorHash]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is no manifest of tensors.", got=str(error)[:200]) from error
-
-
-def _is_transposed(stored: StoredTensor) -> bool:
-    return any(
-        len(piece.shape) == 2 and piece.shape[1] > 1 and piece.extent.strides[1] > piece.extent.strides[0]
-        for piece in stored.pieces
-    )

@@ -279,7 +279,7 @@ def read_box(
         stored: The tensor.
         start: First index of the box.
         shape: Its shape.
-        out: C-contiguous array of the carrier type and shape to fill, to spare an allocation.
+        out: Array of the carrier type and shape to fill, to spare an allocation.
     """
     decode = stored.decode
     if decode is None:

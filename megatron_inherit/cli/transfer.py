@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from megatron_inherit.base.environment import collect_environment
 from megatron_inherit.base.errors import UsageError
 from megatron_inherit.base.quantities import format_bytes, format_seconds
 from megatron_inherit.checkpoint.provenance import read_provenance
-from megatron_inherit.checkpoint.stream import Sink, Source
+from megatron_inherit.checkpoint.stream import Source
 from megatron_inherit.inherit.card import model_card
 from megatron_inherit.plan.execute import Transfer, execute, plan_sink
-from megatron_inherit.plan.link import execute_linked
+from megatron_inherit.plan.link import execute_linked, links_of
 from megatron_inherit.plan.ops import Copy, Init
 from megatron_inherit.plan.plan import TransferPlan, count_kinds, describe_layers
 
@@ -29,7 +30,7 @@ from megatron_inherit.plan.plan import TransferPlan, count_kinds, describe_layer
 def run_transfer(
     plan: TransferPlan,
     source: Source | None,
-    output: Path,
+    folder: Path,
     *,
     dry_run: bool = False,
     as_json: bool = False,
@@ -44,7 +45,7 @@ def run_transfer(
     Args:
         plan: The plan.
         source: Its opened origin, if it has one.
-        output: Folder to write.
+        folder: Folder to write.
         dry_run: Only prints.
         as_json: Prints JSON on standard output.
         overwrite: Replaces an existing folder.
@@ -53,29 +54,25 @@ def run_transfer(
         zero_copy: Links data files instead of writing them, where the format can.
         record: Added to ``inherit.json``.
     """
-    sink = plan_sink(plan, source.side_files if source else ())
+    output = _predict(plan, source, zero_copy=zero_copy)
     if dry_run:
-        typer.echo(
-            json.dumps(_facts(plan, sink, source), indent=2) if as_json else "\n".join(_lines(plan, sink, source))
-        )
+        typer.echo(_json(_facts(plan, output, source)) if as_json else "\n".join(_lines(plan, output, source)))
         return
     if not as_json:
-        typer.echo("\n".join(_summary(plan, sink, source)))
+        typer.echo("\n".join(_summary(plan, output, source)))
     texts = {"environment.json": json.dumps(collect_environment(), indent=2) + "\n"}
     note = read_provenance(source)[0] if source else ""
     if plan.layout.format == "hf":
         texts["README.md"] = model_card(plan, command=command_line(), note=note)
     details = {"command": command_line(), "note": note, **(record or {})}
-    if zero_copy:
-        if source is None:
-            raise UsageError("--zero-copy needs a checkpoint to link to.")
-        linked = execute_linked(plan, output, source=source, overwrite=overwrite, texts=texts, record=details)
-        typer.echo(_json(_facts(plan, sink, source) | _outcome(linked)) if as_json else _last_line(linked))
+    if zero_copy and source is not None:
+        linked = execute_linked(plan, folder, source=source, overwrite=overwrite, texts=texts, record=details)
+        typer.echo(_json(_facts(plan, output, source) | _outcome(linked)) if as_json else _last_line(linked))
         return
     with progress_bar(plan.weight_bytes, quiet=as_json) as advance:
         done = execute(
             plan,
-            output,
+            folder,
             source=source,
             overwrite=overwrite,
             threads=threads,
@@ -84,7 +81,28 @@ def run_transfer(
             progress=advance,
             resume=resume,
         )
-    typer.echo(_json(_facts(plan, sink, source) | _outcome(done)) if as_json else _last_line(done))
+    typer.echo(_json(_facts(plan, output, source) | _outcome(done)) if as_json else _last_line(done))
+
+
+@dataclass(frozen=True)
+class _Output:
+    """Size of every data file of the output, and of those among them that are only linked."""
+
+    files: Mapping[str, int]
+    linked: bool
+
+    @property
+    def written(self) -> int:
+        return 0 if self.linked else sum(self.files.values())
+
+
+def _predict(plan: TransferPlan, source: Source | None, *, zero_copy: bool) -> _Output:
+    """Lays the output out without making a file."""
+    if not zero_copy:
+        return _Output(plan_sink(plan, source.side_files if source else ()).sizes, linked=False)
+    if source is None:
+        raise UsageError("--zero-copy needs a checkpoint to link to.")
+    return _Output(links_of(plan, source).sizes, linked=True)
 
 
 def command_line() -> str:
@@ -129,25 +147,31 @@ def _line_every(seconds: float, total: int) -> Callable[[int], None]:
     return advance
 
 
-def _summary(plan: TransferPlan, sink: Sink, source: Source | None) -> list[str]:
+def _summary(plan: TransferPlan, output: _Output, source: Source | None) -> list[str]:
     lines = [plan.title[0].upper() + plan.title[1:]]
     if plan.layer_map is not None and plan.origin is not None:
         lines.append(f"  blocks   0-{len(plan.layer_map) - 1} <- {describe_layers(plan.layer_map)}")
     lines.append("  ops      " + ", ".join(f"{count} {kind}" for kind, count in count_kinds(plan.ops).items()))
     if plan.dropped:
         lines.append(f"  dropped  {len(plan.dropped)} tensors of the source")
-    read, written = _bytes_to_read(plan, source), sink.total_bytes
+    if output.linked:
+        size = sum(output.files.values())
+        lines.append(
+            f"  links    {len(output.files)} files of {size:,} bytes ({format_bytes(size)}); writes metadata alone"
+        )
+        return lines
+    read, written = _bytes_to_read(plan, source), output.written
     lines.append(f"  reads    {read:,} bytes ({format_bytes(read)}) of tensors")
-    lines.append(f"  writes   {written:,} bytes ({format_bytes(written)}) in {len(sink.sizes)} files")
+    lines.append(f"  writes   {written:,} bytes ({format_bytes(written)}) in {len(output.files)} files")
     return lines
 
 
-def _lines(plan: TransferPlan, sink: Sink, source: Source | None) -> list[str]:
+def _lines(plan: TransferPlan, output: _Output, source: Source | None) -> list[str]:
     width = max(len(op.target) for op in plan.ops)
     lines = [f"{op.target:<{width}}  {op.dtype:<4} {list(op.shape)!s:<16} {op.describe()}" for op in plan.ops]
     lines += [f"{name:<{width}}  dropped: {reason}" for name, reason in plan.dropped.items()]
-    lines += [f"{file:<{width}}  {size:,} bytes" for file, size in sink.sizes.items()]
-    return [*lines, *_summary(plan, sink, source)]
+    lines += [f"{file:<{width}}  {size:,} bytes" for file, size in output.files.items()]
+    return [*lines, *_summary(plan, output, source)]
 
 
 def _bytes_to_read(plan: TransferPlan, source: Source | None) -> int:
@@ -157,12 +181,12 @@ def _bytes_to_read(plan: TransferPlan, source: Source | None) -> int:
     return sum(stored.nbytes if stored.decode is None else stored.stored_bytes for stored in inputs)
 
 
-def _facts(plan: TransferPlan, sink: Sink, source: Source | None) -> dict[str, Any]:
+def _facts(plan: TransferPlan, output: _Output, source: Source | None) -> dict[str, Any]:
     return {
         "plan": plan.to_json(),
-        "files": dict(sink.sizes),
-        "bytes_to_read": _bytes_to_read(plan, source),
-        "bytes_to_write": sink.total_bytes,
+        "files": dict(output.files),
+        "bytes_to_read": 0 if output.linked else _bytes_to_read(plan, source),
+        "bytes_to_write": output.written,
         "ops": count_kinds(plan.ops),
         "fresh": [op.target for op in plan.ops if isinstance(op, Init)],
         "cast": [op.target for op in plan.ops if isinstance(op, Copy) and op.source_dtype != op.dtype],

@@ -10,12 +10,26 @@ from typing import Any
 from megatron_inherit.base.atomic import new_folder, write_json
 from megatron_inherit.base.errors import CheckpointError, UsageError
 from megatron_inherit.checkpoint import manifest
-from megatron_inherit.checkpoint.formats.torch_dist_link import link_checkpoint
+from megatron_inherit.checkpoint.formats.torch_dist_link import Links, link_checkpoint, plan_links
 from megatron_inherit.checkpoint.manifest import TensorHash
 from megatron_inherit.checkpoint.stream import Source
 from megatron_inherit.plan.execute import RECORD, Transfer
 from megatron_inherit.plan.ops import Copy
 from megatron_inherit.plan.plan import TransferPlan
+
+
+def links_of(plan: TransferPlan, source: Source) -> Links:
+    """Finds out what a plan links to; nothing is written.
+
+    Args:
+        plan: Copies only, from torch_dist to torch_dist in the same type.
+        source: The opened origin.
+
+    Raises:
+        UsageError: The plan asks for more than links can give.
+        CheckpointError: A fused tensor would need parts of several layers.
+    """
+    return plan_links(source, plan.config, _sources(plan.check(), source), iteration=plan.layout.iteration)
 
 
 def execute_linked(
@@ -44,10 +58,10 @@ def execute_linked(
         CheckpointError: A fused tensor would need parts of several layers.
     """
     began = time.perf_counter()
-    sources = _sources(plan.check(), source)
+    links, sources = links_of(plan, source), _sources(plan, source)
     hashes = _known_hashes(source, sources)
     with new_folder(Path(folder), overwrite=overwrite) as temporary:
-        linked = link_checkpoint(source.path, temporary, plan.config, sources, iteration=plan.layout.iteration)
+        linked = link_checkpoint(links, temporary)
         for name, text in (texts or {}).items():
             (temporary / name).write_text(text)
         if hashes:

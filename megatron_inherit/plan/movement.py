@@ -17,7 +17,7 @@ from megatron_inherit.checkpoint.dtypes import CARRIERS, cast
 from megatron_inherit.checkpoint.extents import Shape
 from megatron_inherit.checkpoint.files import FilePool
 from megatron_inherit.checkpoint.formats.safetensors_file import read_header
-from megatron_inherit.checkpoint.gather import scatter
+from megatron_inherit.checkpoint.gather import empty_box, row_major, scatter
 from megatron_inherit.checkpoint.manifest import TILE_BYTES, TensorHash, row_tiles
 from megatron_inherit.checkpoint.packing import SCALES, pack, quantise_rows, values_of
 from megatron_inherit.checkpoint.stream import Source, StoredTensor, dense_tensor, read_box
@@ -60,10 +60,9 @@ class Mover:
             return self._pack(op, target, scales)
         digest = xxhash.xxh3_128()
         for start, values in self._tiles(op, target):
-            block = np.ascontiguousarray(values)
-            digest.update(block.data)
-            scatter(self.pool, target.pieces, start, block)
-            self.progress(block.nbytes)
+            digest.update(row_major(values).data)
+            scatter(self.pool, target.pieces, start, values)
+            self.progress(values.nbytes)
         return TensorHash(op.dtype, op.shape, digest.hexdigest())
 
     def _pack(self, op: Op, target: StoredTensor, scales: StoredTensor) -> TensorHash:
@@ -98,7 +97,7 @@ class Mover:
             yield from self._copy_box(op, stored, op.box)
             return
         for start, shape in row_tiles(stored, target):
-            values = read_box(self._source().pool, stored, start, shape, self._buffer(shape, stored.dtype))
+            values = read_box(self._source().pool, stored, start, shape, self._buffer(stored, shape))
             yield start, cast(values, stored.dtype, op.dtype)
 
     def _copy_box(self, op: Copy, stored: StoredTensor, box: Sequence[tuple[int, int]]) -> Iterator[Tile]:
@@ -153,13 +152,14 @@ class Mover:
         found = (self._source().read(name) for name in op.sources)
         return [cast(raw.array(), raw.dtype, "F64") for raw in found]
 
-    def _buffer(self, shape: Shape, dtype: str) -> np.ndarray:
+    def _buffer(self, stored: StoredTensor, shape: Shape) -> np.ndarray:
         """Gives this thread's buffer, seen as a tile; the same memory serves every tile of a thread."""
-        needed = math.prod(shape) * CARRIERS[dtype].itemsize
+        carrier = CARRIERS[stored.dtype]
+        needed = math.prod(shape) * carrier.itemsize
         found = getattr(self._buffers, "block", None)
         if found is None or len(found) < needed:
             found = self._buffers.block = np.empty(max(needed, TILE_BYTES), np.uint8)
-        return found[:needed].view(CARRIERS[dtype]).reshape(shape)
+        return empty_box(stored.pieces, found[:needed].view(carrier), shape)
 
     def _source(self) -> Source:
         if self.source is None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_inherit.checkpoint.formats import torch_dist
-from megatron_inherit.checkpoint.formats.torch_dist_link import link_checkpoint
+from megatron_inherit.checkpoint.formats.torch_dist_link import link_checkpoint, plan_links
 from tests.support.checkpoints import (
     assert_equal,
     gpt2,
@@ -43,7 +43,8 @@ def folder(tmp_path_factory):
             config, arrays = config.with_layers(2), {name: arrays[origin] for name, origin in sources.items()}
             legacy = folder / "linked.legacy"
             written.mkdir()
-            link_checkpoint(str(folder / f"{family}.homogeneous"), written, config, sources)
+            teacher = torch_dist.open_source(str(folder / f"{family}.homogeneous"))
+            link_checkpoint(plan_links(teacher, config, sources), written)
         if not legacy.exists():
             write_checkpoint(legacy, config, arrays, "megatron", tp=size, pp=size, dialect="local")
         if not written.exists():  # padded to 256 rows whatever the number of shards; Megatron loads it at any

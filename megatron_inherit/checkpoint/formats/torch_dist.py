@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from megatron_inherit.checkpoint.layout import (
 )
 from megatron_inherit.checkpoint.stream import Source, StoredTensor
 
-__all__ = ["detect", "make_sink", "open_source"]
+__all__ = ["Opened", "detect", "make_sink", "open_source", "opened"]
 
 _PREFIXES = ("", "model.", "module.", "model.module.")
 _EMBEDDING = "embedding.word_embeddings.weight"
@@ -45,6 +46,32 @@ _NO_OPTIMIZER = (
     "Its optimizer state is in flat buffers tied to the parallel layout (dp_reshardable, Megatron's default). "
     "Save the checkpoint again with --dist-ckpt-optim-fully-reshardable."
 )
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What was read of a checkpoint when it was opened.
+
+    Attributes:
+        folder: Where its files are.
+        metadata: Which chunk of which tensor is where.
+        common: What is no tensor, the args among it.
+    """
+
+    folder: Path
+    metadata: Metadata
+    common: Mapping[str, Any]
+
+
+def opened(source: Source) -> Opened:
+    """Gives what was read of an opened ``torch_dist`` checkpoint.
+
+    Raises:
+        CheckpointError: The source is of another format.
+    """
+    if not isinstance(source.tensors, _Tensors):
+        raise CheckpointError(f"{source.path} is no torch_dist checkpoint.", got=source.format)
+    return source.tensors.opened
 
 
 def detect(path: str) -> bool:
@@ -76,7 +103,7 @@ def open_source(path: str) -> Source:
     known = {name.removeprefix(prefix): tensor for name, tensor in metadata.tensors.items()}
     states = {name: tensor for name, tensor in known.items() if name.startswith("optimizer.")}
     weights = {name: tensor for name, tensor in known.items() if name not in states and not _is_other(name)}
-    found = _Tensors(folder, config, weights)
+    found = _Tensors(Opened(folder, metadata, common), config, weights)
     details: dict[str, Any] = {
         "iteration": common.get("iteration"),
         "homogeneous": found.homogeneous,
@@ -140,8 +167,8 @@ def _is_other(name: str) -> bool:
 class _Tensors(Mapping[str, StoredTensor]):
     """Canonical tensors by name; the extents of a stored tensor are looked up on first use."""
 
-    def __init__(self, folder: Path, config: ModelConfig, stored: Mapping[str, ChunkedTensor]) -> None:
-        self._folder, self._config, self._stored = folder, config, stored
+    def __init__(self, opened: Opened, config: ModelConfig, stored: Mapping[str, ChunkedTensor]) -> None:
+        self.opened, self._folder, self._config, self._stored = opened, opened.folder, config, stored
         rows = megatron_rows(config, "te", gate_up="concat")
         wanted = list(physical_tensors(rows, config))
         names = {stacked_name(tensor) for tensor in wanted}
@@ -149,7 +176,7 @@ class _Tensors(Mapping[str, StoredTensor]):
         if not self.homogeneous:
             names = {tensor.name for tensor in wanted}
         ignored = (*IGNORED, r"output_layer\.weight") if config.tied else IGNORED
-        check_names(stored, sorted(names), where=str(folder), ignored=ignored, config=config)
+        check_names(stored, sorted(names), where=str(self._folder), ignored=ignored, config=config)
         self.homes = {part.name: tensor for tensor in wanted for part in tensor.parts}
         self.shapes = {part.name: part.shape for tensor in wanted for part in tensor.parts}
         self._order = [spec.name for spec in enumerate_tensors(config)]

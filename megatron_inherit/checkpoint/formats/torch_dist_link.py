@@ -16,16 +16,17 @@ from typing import Any
 
 from megatron_inherit.arch.model_config import ModelConfig
 from megatron_inherit.base.errors import CheckpointError
-from megatron_inherit.checkpoint.formats.dcp_metadata import METADATA, Chunk, ChunkedTensor, Metadata, read_metadata
+from megatron_inherit.checkpoint.formats.dcp_metadata import METADATA, Chunk, ChunkedTensor, Metadata
 from megatron_inherit.checkpoint.formats.megatron_args import OWN
 from megatron_inherit.checkpoint.formats.megatron_folder import iteration_name
 from megatron_inherit.checkpoint.formats.megatron_names import megatron_rows
 from megatron_inherit.checkpoint.formats.pickle_machine import Opaque
 from megatron_inherit.checkpoint.formats.pickle_reader import fields
 from megatron_inherit.checkpoint.formats.pt_writer import create_archives, lay_out
-from megatron_inherit.checkpoint.formats.torch_dist import find_folder, find_prefix, read_common, stacked_name
+from megatron_inherit.checkpoint.formats.torch_dist import Opened, find_prefix, opened, stacked_name
 from megatron_inherit.checkpoint.formats.torch_dist_sink import close
 from megatron_inherit.checkpoint.layout import PhysicalTensor, physical_tensors
+from megatron_inherit.checkpoint.stream import Source
 
 _KEPT = ("checkpoint_version", "content_metadata", "num_floating_point_operations_so_far")
 _STATE = re.compile(r"(decoder\.layers\.)(\d+\.)?(.*_extra_state)/shard_(\d+)_(\d+)")
@@ -46,36 +47,62 @@ class Linked:
     bytes_written: int
 
 
-def link_checkpoint(
-    path: str, output: Path, config: ModelConfig, sources: Mapping[str, str], *, iteration: int = 0
-) -> Linked:
-    """Makes a checkpoint of linked files.
+@dataclass(frozen=True)
+class Links:
+    """A checkpoint of linked files that does not exist yet.
+
+    Attributes:
+        origin: What it links to.
+        config: The model that it holds.
+        iteration: Number in its names and tracker.
+        metadata: Its own.
+    """
+
+    origin: Opened
+    config: ModelConfig
+    iteration: int
+    metadata: Metadata
+
+    @property
+    def names(self) -> list[str]:
+        """Files of the origin that it needs."""
+        chunks = {chunk.blob.file for tensor in self.metadata.tensors.values() for chunk in tensor.chunks}
+        return sorted(chunks | {blob.file for blob in self.metadata.objects.values()})
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Size of each linked file by its name in the output."""
+        folder = iteration_name(self.iteration)
+        return {f"{folder}/{name}": (self.origin.folder / name).stat().st_size for name in self.names}
+
+
+def plan_links(source: Source, config: ModelConfig, sources: Mapping[str, str], *, iteration: int = 0) -> Links:
+    """Gives the chunks of a checkpoint their places in another; nothing is written.
 
     Args:
-        path: The torch_dist checkpoint to link to.
-        output: Existing empty folder.
+        source: The opened torch_dist checkpoint to link to.
         config: The model that the output holds.
         sources: Canonical tensor of the checkpoint for each canonical tensor of the output; ``KIND:NAME`` keys take
             the optimizer state of that kind along.
         iteration: Number in the output's names and tracker.
 
     Raises:
-        CheckpointError: A fused tensor would need parts of several, or a chunk holds more than one layer.
+        CheckpointError: A fused tensor would need parts of several layers, a chunk holds more than one, or the source
+            is no torch_dist checkpoint.
     """
-    folder = find_folder(Path(path))
-    if folder is None:
-        raise CheckpointError(f"{path} is no torch_dist checkpoint, so nothing can be linked.")
-    metadata, common = read_metadata(folder), read_common(folder)
-    old = _Names(metadata, folder)
-    new = _relabel(old, config, sources)
-    name = iteration_name(iteration)
+    origin = opened(source)
+    metadata = _relabel(_Names(origin.metadata, origin.folder), config, sources)
+    return Links(origin, config, iteration, metadata)
+
+
+def link_checkpoint(links: Links, output: Path) -> Linked:
+    """Makes a checkpoint of linked files in an existing empty folder."""
+    name, files = iteration_name(links.iteration), links.names
     (output / name).mkdir()
-    names = {chunk.blob.file for tensor in new.tensors.values() for chunk in tensor.chunks}
-    files = sorted(names | {blob.file for blob in new.objects.values()})
-    copied = _link(folder, output / name, files)
-    common_archive = lay_out("common.pt", _student_common(common, config, iteration))
-    create_archives(output / name / "common.pt", [common_archive])
-    close(output, new, iteration)
+    copied = _link(links.origin.folder, output / name, files)
+    common = _student_common(links.origin.common, links.config, links.iteration)
+    create_archives(output / name / "common.pt", [lay_out("common.pt", common)])
+    close(output, links.metadata, links.iteration)
     written = sum(entry.stat().st_size for entry in output.rglob("*") if entry.is_file() and entry.name not in files)
     written += sum((output / name / file).stat().st_size for file in copied)
     return Linked(tuple(f"{name}/{file}" for file in files), tuple(copied), written)

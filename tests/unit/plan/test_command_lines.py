@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_inherit.checkpoint.detect import open_source
-from megatron_inherit.checkpoint.formats import native
+from megatron_inherit.checkpoint.formats import dcp_metadata, native, torch_dist
 from megatron_inherit.cli.main import main
 from tests.support.checkpoints import assert_equal, llama, random_arrays, read_arrays, write_checkpoint
 
@@ -119,12 +119,23 @@ def test_export_refuses_a_damaged_checkpoint(run_folder, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_zero_copy_shares_the_files(teacher, tmp_path, capsys):
+def test_zero_copy_shares_the_files(teacher, tmp_path, capsys, monkeypatch):
     source, linked, copied = (tmp_path / name for name in ("td", "linked", "copied"))
     assert main(["convert", str(teacher), str(source), "--format", "torch_dist", "--tp", "2"]) == 0
     words = ["--layers", "3,0,0", "--format", "torch_dist"]
     before = {path: path.read_bytes() for path in source.rglob("*") if path.is_file()}
-    assert main(["inherit", str(source), str(linked), *words, "--zero-copy"]) == 0
+    capsys.readouterr()
+    assert main(["inherit", str(source), str(linked), *words, "--zero-copy", "--dry-run", "--json"]) == 0
+    predicted = json.loads(capsys.readouterr().out)
+    assert (predicted["bytes_to_read"], predicted["bytes_to_write"]) == (0, 0)
+    parsed = []
+    with monkeypatch.context() as patch:
+        real = dcp_metadata.read_pickle
+        patch.setattr(dcp_metadata, "read_pickle", lambda path: parsed.append(path) or real(path))
+        patch.setattr(torch_dist, "make_sink", None)
+        assert main(["inherit", str(source), str(linked), *words, "--zero-copy"]) == 0
+    assert len(parsed) == 1
+    assert {name: (linked / name).stat().st_size for name in predicted["files"]} == predicted["files"]
     assert main(["inherit", str(source), str(copied), *words]) == 0
     assert main(["verify", str(linked), str(copied)]) == 0
     assert {path: path.read_bytes() for path in before} == before

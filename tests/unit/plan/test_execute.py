@@ -15,6 +15,7 @@ from megatron_inherit.checkpoint import manifest
 from megatron_inherit.checkpoint.compare import compare
 from megatron_inherit.checkpoint.detect import open_source
 from megatron_inherit.checkpoint.dtypes import cast
+from megatron_inherit.checkpoint.gather import row_major
 from megatron_inherit.inherit.inheritune import fresh_op, plan_fresh, plan_inheritance
 from megatron_inherit.plan.convert import plan_conversion
 from megatron_inherit.plan.execute import execute
@@ -152,6 +153,30 @@ def test_gpt2_transposes_survive_tiles(tmp_path, monkeypatch):
         assert_equal(run(plan_conversion(source), tmp_path / "s", source=source), arrays)
         with open_source(tmp_path / "s") as other:
             assert compare(source, other) == []
+
+
+def test_transposed_tensors_are_read_once_and_moved_in_long_runs(tmp_path, monkeypatch):
+    """A tile holds a stripe of every stored row; neither the gaps between stripes nor an element twice is read."""
+    monkeypatch.setattr(manifest, "LARGE_TILE_BYTES", 1 << 19)
+    config = gpt2(num_layers=1, hidden_size=256, num_heads=8, num_kv_heads=8, head_dim=32, ffn_size=1024)
+    arrays = random_arrays(config)
+    folder = write_checkpoint(tmp_path / "t", config, arrays, "hf")
+    for number, layout in enumerate((Layout(), Layout(format="megatron"))):
+        with open_source(folder) as source:
+            headers, plan = source.pool.bytes_read, plan_conversion(source, layout=layout)
+            written = execute(plan, tmp_path / str(number), source=source).bytes_written
+            assert source.pool.bytes_read - headers <= 1.02 * plan.weight_bytes + 10
+            assert written <= 1.02 * plan.weight_bytes + 256 * 1024  # Megatron pads the vocabulary
+        with open_source(tmp_path / str(number)) as source:
+            assert_equal(read_arrays(source), arrays)
+
+
+@pytest.mark.parametrize("shape", [(1, 700), (700, 1), (513, 65), (64, 64)])
+def test_turned_values_are_the_same_values(shape):
+    values = np.arange(shape[0] * shape[1], dtype=np.uint16).reshape(shape[::-1]).T
+    turned = row_major(values)
+    assert turned.flags.c_contiguous
+    assert np.array_equal(turned, values)
 
 
 def test_a_changed_teacher_is_noticed(tmp_path):

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from megatron_inherit.base.errors import CheckpointError
 from megatron_inherit.checkpoint.formats import torch_dist
 from megatron_inherit.checkpoint.formats.dcp_metadata import read_metadata, write_metadata
-from megatron_inherit.checkpoint.formats.torch_dist_link import link_checkpoint
+from megatron_inherit.checkpoint.formats.torch_dist_link import link_checkpoint, plan_links
 from megatron_inherit.plan.convert import plan_conversion
 from tests.support.checkpoints import (
     FAMILIES,
@@ -132,7 +132,7 @@ def test_links_give_the_student_without_moving_a_byte(tmp_path, dialect, layers)
     (tmp_path / "student").mkdir()
     student = config.with_layers(len(layers))
     sources = sources_of(config, layers)
-    linked = link_checkpoint(str(teacher), tmp_path / "student", student, sources, iteration=9)
+    linked = link_checkpoint(plan_links(open_source(str(teacher)), student, sources, iteration=9), tmp_path / "student")
     assert linked.bytes_written < 100_000
     assert not linked.copied
     assert tree(teacher) == before
@@ -177,10 +177,9 @@ def test_reads_model_shaped_optimizer_state(tmp_path):
             np.testing.assert_array_equal(found[name], values)
             np.testing.assert_array_equal(found[f"fp32:{name}"], values)
             np.testing.assert_array_equal(found[f"exp_avg_sq:{name}"], values + 2)
-    (tmp_path / "student").mkdir()
     weights = {name: name for name in arrays}
     with pytest.raises(CheckpointError, match="several layers"):
-        link_checkpoint(str(teacher), tmp_path / "student", config, weights)
+        plan_links(open_source(str(teacher)), config, weights)
 
 
 @pytest.mark.parametrize("dialect", ["homogeneous", "global"])
@@ -195,7 +194,7 @@ def test_links_take_optimizer_state_along(tmp_path, dialect):
     (tmp_path / "student").mkdir()
     sources = sources_of(config, [3, 0])
     both = sources | {f"exp_avg:{name}": f"exp_avg:{origin}" for name, origin in sources.items()}
-    link_checkpoint(str(teacher), tmp_path / "student", config.with_layers(2), both)
+    link_checkpoint(plan_links(open_source(str(teacher)), config.with_layers(2), both), tmp_path / "student")
     with open_source(str(tmp_path / "student")) as source:
         found = read_arrays(source, optimizer=True)
     assert len(found) == 2 * len(sources)
