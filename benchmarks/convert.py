@@ -3,14 +3,16 @@
     python benchmarks/convert.py --work DIR [--cases contiguous tp memory zero-copy mergekit] [--repeats 5]
 
 ``contiguous`` and ``tp``: a 7B-shaped checkpoint of at least 6 GB to another format, against ``cp`` and ``sync`` of the
-output, in turn. ``memory``: peak RssAnon over the imports at 0.5 GB and at 6 GB. ``zero-copy``: torch_dist students by
-hard links, 7B and 70B shapes. ``mergekit``: the same slice by mergekit's passthrough in an environment of its own
-(``--mergekit PYTHON``), whole processes, side by side.
+output, in turn. ``transposed``: the same for 12 layers of GPT-2 XL, whose weights Hugging Face stores transposed.
+``memory``: peak RssAnon over the imports at 0.5 GB and at 6 GB. ``zero-copy``: torch_dist students by hard links, 7B
+and 70B shapes. ``mergekit``: the same slice by mergekit's passthrough in an environment of its own (``--mergekit
+PYTHON``), whole processes, side by side.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
 import statistics
@@ -37,6 +39,12 @@ SPLIT = {
 }
 
 
+TRANSPOSED = {
+    "hf to hf": ["--format", "hf"],
+    "hf to megatron": ["--format", "megatron"],
+}
+
+
 def paired(name: str, source: Path, words: list[str], work: Path, repeats: int) -> dict[str, Any]:
     """Measures our command and ``cp`` of its output in turn."""
     ours, theirs, out, copy = [], [], work / "out", work / "copy"
@@ -45,7 +53,7 @@ def paired(name: str, source: Path, words: list[str], work: Path, repeats: int) 
             shutil.rmtree(folder, ignore_errors=True)
         warm(sorted(path for path in source.rglob("*") if path.is_file()))
         settle()
-        ours.append(run_child(["convert", str(source), str(out), *words]))
+        ours.append(run_child(["convert", str(source), str(out), *words, "--json"]))
         settle()
         theirs.append(copy_and_sync(out, copy))
     written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
@@ -59,18 +67,26 @@ def paired(name: str, source: Path, words: list[str], work: Path, repeats: int) 
         "cp_sync_s": round(other, 3),
         "ratio": round(seconds / other, 3),
         "ours_whole_s": round(statistics.median(run["whole_s"] for run in ours[1:]), 3),
+        "bytes_read_ratio": round(max(run["bytes_read"] / run["bytes_to_read"] for run in ours[1:]), 4),
         "anon_mib": round(max(run["anon_mib"] for run in ours[1:]), 1),
         "rss_mib": round(max(run["rss_mib"] for run in ours[1:]), 1),
+        "spread_ours_s": _spread([run["seconds"] for run in ours[1:]]),
+        "spread_cp_s": _spread(theirs[1:]),
     }
     print(row, flush=True)
     return row
 
 
+def _spread(seconds: list[float]) -> str:
+    return f"{min(seconds):.2f}-{max(seconds):.2f}"
+
+
 def memory(work: Path) -> list[dict[str, Any]]:
     """Measures memory at two sizes of the same width."""
     rows = []
-    for layers in (1, 14):
-        source = make_checkpoint(work / f"llama-2-7b-{layers}", preset("llama-2-7b").with_layers(layers))
+    shape = preset("llama-2-7b")
+    for config in (dataclasses.replace(shape.with_layers(1), vocab_size=8000), shape.with_layers(14)):
+        source = make_checkpoint(work / f"llama-2-7b-{config.num_layers}", config)
         for name, words in (CONTIGUOUS | SPLIT).items():
             shutil.rmtree(work / "out", ignore_errors=True)
             run = run_child(["convert", str(source), str(work / "out"), *words])
@@ -165,6 +181,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder on the file system to measure")
     parser.add_argument("--cases", nargs="+", default=["contiguous", "tp", "memory", "zero-copy"])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--only", default="", help="takes only the conversion of this name")
     parser.add_argument("--layers", type=int, default=14, help="14 layers of the 7B shape are 6.2 GB")
     parser.add_argument("--mergekit", default="", help="Python of an environment with mergekit")
     args = parser.parse_args()
@@ -174,13 +191,28 @@ def main() -> None:
         if case in kinds:
             shape = preset("llama-2-7b").with_layers(args.layers)
             source = make_checkpoint(args.work / f"llama-2-7b-{args.layers}", shape)
-            rows += [paired(name, source, words, args.work, args.repeats) for name, words in kinds[case].items()]
+            rows += [
+                paired(name, source, words, args.work, args.repeats)
+                for name, words in kinds[case].items()
+                if args.only in ("", name)
+            ]
+        elif case == "transposed":
+            source = make_checkpoint(args.work / "gpt2-xl-12", preset("gpt2-xl").with_layers(12), dtype="F32")
+            rows += [
+                paired(f"gpt2-xl, {name}", source, words, args.work, args.repeats)
+                for name, words in TRANSPOSED.items()
+                if args.only in ("", name)
+            ]
         elif case == "memory":
             rows += memory(args.work)
         elif case == "zero-copy":
             rows += zero_copy(args.work)
         elif case == "mergekit":
-            rows += [mergekit(args.work, args.mergekit, n, depth, args.repeats) for n, depth in ((4, 6), (13, 14))]
+            rows += [
+                mergekit(args.work, args.mergekit, n, depth, args.repeats)
+                for n, depth in ((4, 6), (13, 14))
+                if args.only in ("", f"{n} of {depth}")
+            ]
         around = circumstances("safetensors", "numpy", "xxhash")
         print(append_rows("convert", [around | row for row in rows]))
 

@@ -48,12 +48,12 @@ def append_rows(name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
     return path
 
 
-def run_child(words: Sequence[str]) -> dict[str, float]:
+def run_child(words: Sequence[str]) -> dict[str, Any]:
     """Runs a ``minherit`` command in a process of its own.
 
     Returns:
         ``whole_s`` from fork to exit; ``seconds`` from parsed arguments to the end, imports left out; ``anon_mib`` the
-        peak of RssAnon less its value after imports; ``rss_mib`` ru_maxrss; what the command's JSON says.
+        peak of RssAnon less its value after imports; ``rss_mib`` ru_maxrss; with ``--json`` also what the command says.
     """
     began = time.perf_counter()
     command = [sys.executable, __file__, *words]
@@ -63,7 +63,8 @@ def run_child(words: Sequence[str]) -> dict[str, float]:
     whole = time.perf_counter() - began
     if process.returncode:
         raise SystemExit(f"{' '.join(words)} failed:\n{errors}")
-    return {"whole_s": whole, **json.loads(output.splitlines()[-1])}
+    said, _, own = output.rstrip("\n").rpartition("\n")
+    return {**(json.loads(said) if "--json" in words else {}), "whole_s": whole, **json.loads(own)}
 
 
 def warm(paths: Sequence[Path]) -> None:
