@@ -45,7 +45,8 @@ from megatron_inherit.data.manifests import (
     TokensManifest,
 )
 from megatron_inherit.data.permutation import KeyedPermutation
-from megatron_inherit.data.tokenize import DOCUMENT_DTYPE, TokenizeOptions, read_batches, tokenize
+from megatron_inherit.data.text_shards import read_batches
+from megatron_inherit.data.tokenize import DOCUMENT_DTYPE, TokenizeOptions, tokenize
 from megatron_inherit.data.tokenizer import open_tokenizer
 
 REPEATS = 3

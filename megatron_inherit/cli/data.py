@@ -32,13 +32,17 @@ def ingest(
     lines: Annotated[bool, typer.Option("--lines", help="Each line of a plain text is a document.")] = False,
     max_document: Annotated[str, typer.Option(help="Longest document.")] = "64MiB",
     max_reject_share: Annotated[float, typer.Option(min=0, max=1, help="More bad records stop the job.")] = 0.01,
-    shard: Annotated[str, typer.Option(help="Text of a shard, about.")] = "64MiB",
+    shard: Annotated[str, typer.Option(help="Text of a shard, about; by default from the sources' size.")] = "auto",
     compression: Annotated[str, typer.Option(help="Of the shards: none or zst.")] = "none",
     workers: Workers = 1,
 ) -> None:
     """Read text of any form into shards, one folder a domain."""
     from megatron_inherit.base.errors import UsageError
     from megatron_inherit.base.quantities import format_bytes, parse_bytes
+    from megatron_inherit.data.jobs import start_server
+
+    if workers > 1:
+        start_server("megatron_inherit.data.ingest")
     from megatron_inherit.data.ingest import IngestOptions
     from megatron_inherit.data.ingest import ingest as run
 
@@ -50,7 +54,7 @@ def ingest(
         max_bytes=parse_bytes(max_document),
         lines=lines,
         max_reject_share=max_reject_share,
-        shard_bytes=parse_bytes(shard),
+        shard_bytes=0 if shard == "auto" else parse_bytes(shard),
         compression=compression,  # type: ignore[arg-type]
     )
     with ProgressMeter("ingest") as meter:
@@ -79,6 +83,10 @@ def tokenize(
     """Turn text into Megatron .bin/.idx files; a killed job goes on where it was."""
     from megatron_inherit.base.errors import UsageError
     from megatron_inherit.base.quantities import format_count
+    from megatron_inherit.data.jobs import start_server
+
+    if workers > 1:
+        start_server("megatron_inherit.data.tokenize", "sentencepiece", "tokenizers")
     from megatron_inherit.data.ingest import open_documents
     from megatron_inherit.data.merge import merge_domains
     from megatron_inherit.data.tokenize import TokenizeOptions

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_inherit.base.atomic import new_folder, require_space
+from megatron_inherit.base.atomic import require_space
 from megatron_inherit.base.errors import DataError
 from megatron_inherit.base.log import get_logger
 from megatron_inherit.data.corpus import Corpus, open_corpus
+from megatron_inherit.data.leftovers import swept_folder
 from megatron_inherit.data.manifests import (
     MANIFEST,
     DomainRecord,
@@ -53,6 +54,7 @@ def make_subset(
     Raises:
         DataError: Sources are damaged or do not fit each other, or a domain has too few tokens and ``on_short`` is
             ``error``.
+        UsageError: ``out`` exists, or another job is writing there.
     """
     out = Path(out)
     corpus = open_corpus(sources)
@@ -60,7 +62,7 @@ def make_subset(
     weights = parse_weights(options.weights, available)
     budgets = None if options.tokens is None else divide(options.tokens, weights)
     unique = _unique_budgets(budgets, weights, options)
-    with new_folder(out, overwrite=overwrite) as folder:
+    with swept_folder(out, overwrite=overwrite) as folder:
         drawing = _Drawing(corpus, folder, options, unique)
         drawing.run()
         splits = {role: drawing.write_split(role, weights, budgets if role == "train" else None) for role in ROLES}
@@ -103,7 +105,7 @@ class _Drawing:
         self._draw()
         if self.limit < 2**64 and self._short():
             self.limit = 2**64
-            for path in self.folder.iterdir():
+            for path in self.folder.glob("spans-*"):
                 path.unlink()
             self.duplicates[:], self.tokens[:] = 0, 0
             self._draw()

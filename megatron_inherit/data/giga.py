@@ -18,6 +18,7 @@ from megatron_inherit.base.log import get_logger
 from megatron_inherit.base.optional import require
 from megatron_inherit.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, flatten
 
+MODULES = ("gigatoken", "awkward")
 _SAMPLE_DOCUMENTS, _SAMPLE_CHARACTERS = 32, 1000
 _log = get_logger(__name__)
 
@@ -41,7 +42,7 @@ def choose_encoder(tokenizer: Tokenizer, backend: str, texts: Sequence[str]) -> 
     def own(batch: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         return flatten(tokenizer.encode_batch(batch))
 
-    if backend == "own" or (backend == "auto" and importlib.util.find_spec("gigatoken") is None):
+    if backend == "own" or (backend == "auto" and not is_installed()):
         return own
     fast = _fast(tokenizer) if isinstance(tokenizer, (HuggingFaceTokenizer, SentencePieceTokenizer)) else None
     sample = [text[:_SAMPLE_CHARACTERS] for text in texts[:_SAMPLE_DOCUMENTS]]
@@ -54,16 +55,21 @@ def choose_encoder(tokenizer: Tokenizer, backend: str, texts: Sequence[str]) -> 
     return own
 
 
+def is_installed() -> bool:
+    """Tells whether gigatoken can be used; without ``awkward``, which it needs, it gives ids in another form."""
+    return all(map(importlib.util.find_spec, MODULES))
+
+
 @functools.lru_cache(maxsize=4)
 def _fast(tokenizer: HuggingFaceTokenizer | SentencePieceTokenizer) -> Encoder | None:
     """Builds gigatoken's tables, which takes it up to a second; None for a vocabulary it cannot take."""
-    module = require("gigatoken", "--backend gigatoken").Tokenizer
+    module, _ = (require(name, "--backend gigatoken") for name in MODULES)
     try:
         if isinstance(tokenizer, HuggingFaceTokenizer):
             description = json.loads(tokenizer.to_json())
             description["added_tokens"] = [one for one in description["added_tokens"] if not one["special"]]
-            return _plain(module.from_json(json.dumps(description)))
-        return _around(_plain(module.from_sentencepiece(tokenizer.path)), tokenizer)
+            return _plain(module.Tokenizer.from_json(json.dumps(description)))
+        return _around(_plain(module.Tokenizer.from_sentencepiece(tokenizer.path)), tokenizer)
     except (ValueError, TypeError, RuntimeError, OSError, NotImplementedError) as error:
         _log.debug("gigatoken cannot take %s: %s", tokenizer.path, error)
     return None

@@ -6,6 +6,7 @@ counts, then int32 lengths, int64 byte offsets and int64 document boundaries, al
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import uuid
@@ -16,6 +17,7 @@ import numpy as np
 
 from megatron_inherit.base.atomic import TEMPORARY_MARK, disk_error, fsync_path
 from megatron_inherit.base.errors import DataError
+from megatron_inherit.data.leftovers import lock
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -175,8 +177,11 @@ class IndexedWriter:
         self.prefix, self.dtype = strip_suffix(prefix), np.dtype(dtype)
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
         mark = f"{TEMPORARY_MARK}{uuid.uuid4().hex[:8]}"
-        self._temporary = [path.with_name(path.name + mark) for path in (bin_path(self.prefix), idx_path(self.prefix))]
-        self._file = self._temporary[0].open("wb", buffering=1 << 20)
+        self._finished = [bin_path(self.prefix), idx_path(self.prefix)]
+        self._temporary = [path.with_name(path.name + mark) for path in self._finished]
+        self._file, self._index = (path.open("wb", buffering=1 << 20) for path in self._temporary)
+        for file in (self._file, self._index):
+            lock(file)
         self._lengths: list[np.ndarray] = []
         self._boundaries: list[np.ndarray] = [np.zeros(1, np.int64)]
         self._sequences = 0
@@ -219,15 +224,14 @@ class IndexedWriter:
     def close(self) -> None:
         """Writes the index and renames both files into place, the index last."""
         try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            with self._temporary[1].open("wb") as file:
-                file.writelines(self._index_parts())
+            self._index.writelines(self._index_parts())
+            for file in (self._file, self._index):
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(self._temporary[0], bin_path(self.prefix))
-            os.replace(self._temporary[1], idx_path(self.prefix))
+            for temporary, finished in zip(self._temporary, self._finished, strict=True):
+                os.replace(temporary, finished)
+            self._file.close()
+            self._index.close()
             fsync_path(self.prefix.parent)
         except OSError as error:
             self.abort()
@@ -246,7 +250,9 @@ class IndexedWriter:
 
     def abort(self) -> None:
         """Removes what was written."""
-        self._file.close()
+        for file in (self._file, self._index):
+            with contextlib.suppress(OSError):  # a full disk refuses what is still in the buffer
+                file.close()
         for path in self._temporary:
             path.unlink(missing_ok=True)
 

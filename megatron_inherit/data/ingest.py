@@ -10,29 +10,27 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 from megatron_inherit.base import atomic
 from megatron_inherit.base.errors import DataError
 from megatron_inherit.base.log import get_logger
-from megatron_inherit.base.optional import require
-from megatron_inherit.data.integrity import BlockHasher
 from megatron_inherit.data.job_folder import job_folder
 from megatron_inherit.data.jobs import Progress, Report, report, run_tasks
 from megatron_inherit.data.layouts import get_layout
-from megatron_inherit.data.manifests import MANIFEST, FileRecord, ManifestModel
-from megatron_inherit.data.records import Document, ReadOptions, Reject, read_documents
+from megatron_inherit.data.manifests import MANIFEST, ManifestModel
+from megatron_inherit.data.records import ReadOptions, Reject, read_documents
 from megatron_inherit.data.sources import SourceFile, find_sources
+from megatron_inherit.data.text_shards import Compression, TextShard, TextShardWriter
 
 REJECTS = "rejects.jsonl"
 _SAMPLES = 100
 _FIRST_CHECK = 1000
 _REPORT_EVERY = 1 << 22
+_SHARDS, _SMALLEST, _LARGEST = 256, 1 << 19, 1 << 26
 _log = get_logger(__name__)
-
-Compression = Literal["none", "zst"]
 
 
 class IngestOptions(ManifestModel):
@@ -44,7 +42,8 @@ class IngestOptions(ManifestModel):
         max_bytes: Longest document, UTF-8.
         lines: Each line of a plain text is a document, not each file.
         max_reject_share: Bad records beyond this share of all stop the job.
-        shard_bytes: Text of a shard, about.
+        shard_bytes: Text of a shard, about; 0: a 256th of the sources, but from 512 KiB to 64 MiB, for shards are
+            what processes share out.
         compression: Of the shards.
     """
 
@@ -53,7 +52,7 @@ class IngestOptions(ManifestModel):
     max_bytes: int = 64 * 2**20
     lines: bool = False
     max_reject_share: float = 0.01
-    shard_bytes: int = 64 * 2**20
+    shard_bytes: int = 0
     compression: Compression = "none"
 
 
@@ -62,16 +61,6 @@ class IngestPlan(ManifestModel):
 
     options: IngestOptions
     tasks: tuple[tuple[SourceFile, ...], ...]
-
-
-class TextShard(ManifestModel):
-    """A file of JSON lines, each ``{"text": ...}``."""
-
-    name: str
-    domain: str
-    documents: int
-    text_bytes: int
-    file: FileRecord
 
 
 class TaskRecord(ManifestModel):
@@ -127,6 +116,7 @@ def ingest(
     """
     options, out = options or IngestOptions(), Path(out)
     files = find_sources(sources, get_layout(options.layout), pattern=pattern, as_text=as_text)
+    options = options.model_copy(update={"shard_bytes": options.shard_bytes or _shard_bytes(files)})
     plan = IngestPlan(options=options, tasks=tuple(_group(files, options.shard_bytes)))
     with job_folder(out, plan):
         if (out / MANIFEST).is_file():
@@ -136,10 +126,17 @@ def ingest(
         finished = list(found.values())
         _check_rejects(finished, options, out)
         missing = [task for task in tasks if task not in found]
+        missing.sort(key=lambda task: -sum(file.size for file in task.files))
         for record in run_tasks(_run, missing, workers=workers, on_progress=on_progress):
             finished.append(record)
             _check_rejects(finished, options, out)
         return _finish(out, plan, [TaskRecord.load(_record_path(task)) for task in tasks])
+
+
+def _shard_bytes(files: list[SourceFile]) -> int:
+    if any(file.size == 0 and file.mtime_ns is None for file in files):  # a stream or a server that tells no size
+        return _LARGEST
+    return min(_LARGEST, max(_SMALLEST, sum(file.size for file in files) // _SHARDS))
 
 
 def _group(files: list[SourceFile], target: int) -> Iterator[tuple[SourceFile, ...]]:
@@ -161,63 +158,10 @@ def _record_path(task: _Task) -> Path:
     return task.folder / "tasks" / f"{task.number:06d}.json"
 
 
-@dataclass
-class _ShardWriter:
-    """Writes the shards of one domain of a task, each whole or not at all."""
-
-    task: _Task
-    domain: str
-    done: list[TextShard] = field(default_factory=list)
-    _file: IO[bytes] | None = None
-    _hasher: BlockHasher = field(default_factory=BlockHasher)
-    _documents: int = 0
-    _text_bytes: int = 0
-
-    @property
-    def _name(self) -> str:
-        suffix = ".zst" if self.task.options.compression == "zst" else ""
-        return f"{self.domain}/{self.task.number:06d}-{len(self.done):04d}.jsonl{suffix}"
-
-    def add(self, document: Document) -> None:
-        if self._file is None:
-            self._open()
-        line = json.dumps({"text": document.text}, ensure_ascii=False).encode() + b"\n"
-        self._file.write(line)  # type: ignore[union-attr]
-        self._documents += 1
-        self._text_bytes += document.size
-        if self._text_bytes >= self.task.options.shard_bytes:
-            self.close()
-
-    def _open(self) -> None:
-        path = self.task.folder / self._name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        raw = path.open("wb", buffering=1 << 20)
-        if self.task.options.compression == "zst":
-            self._file = require("zstandard", "--compression zst").ZstdCompressor(3).stream_writer(raw)
-        else:
-            self._file = raw
-
-    def close(self) -> None:
-        if self._file is None:
-            return
-        self._file.close()
-        path = self.task.folder / self._name
-        atomic.fsync_path(path)
-        shard = TextShard(
-            name=self._name,
-            domain=self.domain,
-            documents=self._documents,
-            text_bytes=self._text_bytes,
-            file=FileRecord.of(path),
-        )
-        self.done.append(shard)
-        self._file, self._documents, self._text_bytes = None, 0, 0
-
-
 def _run(task: _Task) -> TaskRecord:
     options = task.options
     reading = ReadOptions(get_layout(options.layout), options.text_field, options.max_bytes, options.lines)
-    writers: dict[str, _ShardWriter] = {}
+    writers: dict[str, TextShardWriter] = {}
     rejects: Counter[str] = Counter()
     samples: list[dict[str, str]] = []
     seen, documents, size, shown = 0, 0, 0, time.monotonic()
@@ -232,7 +176,12 @@ def _run(task: _Task) -> TaskRecord:
                 if seen >= _FIRST_CHECK and rejects.total() > options.max_reject_share * seen:
                     _refuse(rejects, seen, options, task.folder, samples)
                 continue
-            writers.setdefault(item.domain, _ShardWriter(task, item.domain)).add(item)
+            if item.domain not in writers:
+                stem = f"{item.domain}/{task.number:06d}"
+                writers[item.domain] = TextShardWriter(
+                    task.folder, stem, item.domain, options.shard_bytes, options.compression
+                )
+            writers[item.domain].add(item.text, item.size)
             documents, size = documents + 1, size + item.size
             if size >= _REPORT_EVERY or time.monotonic() > shown + 1:
                 report(Progress(documents, size))

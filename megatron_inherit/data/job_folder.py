@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_inherit.base.atomic import TEMPORARY_MARK, refuse_existing
-from megatron_inherit.base.errors import DataError, UsageError
+from megatron_inherit.base.errors import DataError
+from megatron_inherit.data.leftovers import LOCK, lock, refuse_second_writer
 from megatron_inherit.data.manifests import ManifestModel
 
 _PLAN = "plan.json"
-_LOCK = ".lock"
 
 
 @contextlib.contextmanager
@@ -27,12 +26,9 @@ def job_folder(out: Path, plan: ManifestModel) -> Iterator[None]:
     if not (out / _PLAN).is_file() and any(_is_foreign(path) for path in out.glob("*")):
         refuse_existing(out)
     out.mkdir(parents=True, exist_ok=True)
-    with (out / _LOCK).open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            fix = "Wait for it, or choose another folder."
-            raise UsageError(f"Another job is writing to {out}.", fix=fix) from error
+    with (out / LOCK).open("a") as file:
+        if not lock(file):
+            raise refuse_second_writer(out)
         for path in out.rglob(f"*{TEMPORARY_MARK}*"):
             path.unlink()
         _agree(out / _PLAN, plan)
@@ -40,7 +36,7 @@ def job_folder(out: Path, plan: ManifestModel) -> Iterator[None]:
 
 
 def _is_foreign(path: Path) -> bool:
-    return path.name != _LOCK and TEMPORARY_MARK not in path.name
+    return path.name != LOCK and TEMPORARY_MARK not in path.name
 
 
 def _agree(path: Path, plan: ManifestModel) -> None:

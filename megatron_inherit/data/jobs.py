@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from typing import Any, TypeVar
 
 from megatron_inherit.base.errors import MinheritError
@@ -36,6 +37,17 @@ def report(progress: Progress) -> None:
     _report(progress)
 
 
+def start_server(*modules: str) -> None:
+    """Begins to start the process that workers are forked from, so that its imports pass while this one goes on.
+
+    Args:
+        modules: What it imports beside the main module; one that is not installed is passed over.
+    """
+    context = multiprocessing.get_context("forkserver")  # imports once for all workers, and forks no threads
+    context.set_forkserver_preload(["__main__", *modules])
+    forkserver.ensure_running()
+
+
 def run_tasks(
     function: Callable[[Task], Result], tasks: Sequence[Task], *, workers: int, on_progress: Report | None = None
 ) -> Iterator[Result]:
@@ -43,7 +55,7 @@ def run_tasks(
 
     Args:
         function: A function of a module; it and the tasks must pickle.
-        tasks: Independent of each other.
+        tasks: Independent of each other; the longest first keeps all workers busy to the end.
         workers: Processes.
         on_progress: Gets what the tasks report.
 
@@ -71,8 +83,8 @@ def _run_here(
 def _run_apart(
     function: Callable[[Task], Result], tasks: Sequence[Task], workers: int, on_progress: Report | None
 ) -> Iterator[Result]:
-    context = multiprocessing.get_context("forkserver")  # imports once for all workers, and forks no threads
-    context.set_forkserver_preload(["__main__", function.__module__])
+    start_server(function.__module__)
+    context = multiprocessing.get_context("forkserver")
     queue = context.SimpleQueue()
     reader = threading.Thread(target=_drain, args=(queue, on_progress), daemon=True)
     reader.start()

@@ -129,11 +129,11 @@ class Loader:
         window = np.full((count, self.sequence_length + 1), self._pad_id, np.int64)
         copy_pieces(self.stream.source, pieces, window)
         self._check_ids(window, pieces)
-        mask = np.arange(1, self.sequence_length + 1) < length[:, None]
-        positions = segments = None
         if self.options.boundary == "reset":
             positions, segments, mask = _document_ids(pieces, window.shape)
-        return Batch(window[:, :-1], window[:, 1:], mask, ids, positions, segments)
+            return Batch(window[:, :-1], window[:, 1:], mask, ids, positions, segments)
+        mask = np.arange(1, self.sequence_length + 1) < length[:, None]
+        return Batch(window[:, :-1], window[:, 1:], mask, ids)
 
     def require(self, num_samples: int) -> None:
         """Raises DataError if a run of ``num_samples`` samples would need more data than the options allow."""
@@ -203,7 +203,7 @@ class Loader:
 
     def _check_ids(self, window: np.ndarray, pieces: Pieces) -> None:
         limit = self.options.vocab_size
-        if limit is None or (window.max() < limit and window.min() >= 0):
+        if limit is None or window.view(np.uint64).max() < limit:  # a negative id is a huge unsigned one
             return
         row, column = (int(part[0]) for part in np.nonzero((window >= limit) | (window < 0)))
         piece = np.flatnonzero((pieces.row == row) & (pieces.begin <= column) & (column < pieces.end))[0]
@@ -214,10 +214,9 @@ class Loader:
 def _document_ids(pieces: Pieces, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Gives positions within documents, document numbers within the window, and which labels stay in the document."""
     lengths = pieces.end - pieces.begin
-    first = np.searchsorted(pieces.row, pieces.row)
-    number = (np.arange(len(lengths)) - first).astype(np.int32)
-    run = np.arange(shape[0] * shape[1])
-    position = (run - np.repeat(np.cumsum(lengths) - lengths, lengths)).reshape(shape)
+    number = (np.arange(len(lengths)) - np.searchsorted(pieces.row, pieces.row)).astype(np.int32)
+    position = np.repeat(pieces.begin, lengths).reshape(shape)
+    np.subtract(np.arange(shape[1]), position, out=position)
     segment = np.repeat(number, lengths).reshape(shape)
     return position[:, :-1], segment[:, :-1], segment[:, 1:] == segment[:, :-1]
 

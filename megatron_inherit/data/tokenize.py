@@ -7,7 +7,6 @@ and duplicates found whatever the tokenizer, and its UTF-8 length.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from megatron_inherit.base.errors import DataError
 from megatron_inherit.base.log import get_logger
 from megatron_inherit.data.giga import Encoder, choose_encoder
 from megatron_inherit.data.indexed import IndexedWriter, bin_path, idx_path, token_dtype
-from megatron_inherit.data.ingest import DocumentsManifest, TextShard, open_documents
+from megatron_inherit.data.ingest import DocumentsManifest, open_documents
 from megatron_inherit.data.integrity import BlockHasher
 from megatron_inherit.data.job_folder import job_folder
 from megatron_inherit.data.jobs import Progress, Report, report, run_tasks
@@ -34,12 +33,10 @@ from megatron_inherit.data.manifests import (
     TokensManifest,
 )
 from megatron_inherit.data.opening import check_files
-from megatron_inherit.data.sources import open_binary
+from megatron_inherit.data.text_shards import TextShard, read_batches
 from megatron_inherit.data.tokenizer import Tokenizer, open_tokenizer
 
 DOCUMENT_DTYPE = np.dtype([("low", "<u8"), ("high", "<u8"), ("bytes", "<u4")])
-_BATCH_BYTES = 1 << 20
-_BATCH_DOCUMENTS = 4096
 _log = get_logger(__name__)
 
 Backend = Literal["auto", "gigatoken", "own"]
@@ -110,6 +107,7 @@ def tokenize(
         missing = [task for task in tasks if not _record_path(task).is_file()]
         if len(missing) < len(tasks):
             _log.info("%d of %d shards are tokenized already", len(tasks) - len(missing), len(tasks))
+        missing.sort(key=lambda task: -task.shard.text_bytes)
         for _ in run_tasks(_run, missing, workers=workers, on_progress=on_progress):
             pass
         shards = tuple(ShardRecord.load(_record_path(task)) for task in tasks)
@@ -178,21 +176,6 @@ def _opened(path: str, eos: str | None, bos: str | None, fingerprint: str) -> To
     if tokenizer.fingerprint != fingerprint:
         raise DataError(f"The tokenizer {path} was changed while it was used.", fix="Run again into another folder.")
     return tokenizer
-
-
-def read_batches(path: Path) -> Iterator[list[str]]:
-    """Yields texts of a shard, about a megabyte at a time."""
-    texts: list[str] = []
-    size = 0
-    with open_binary(str(path)) as stream:
-        for line in stream:
-            texts.append(json.loads(line)["text"])
-            size += len(line)
-            if size >= _BATCH_BYTES or len(texts) >= _BATCH_DOCUMENTS:
-                yield texts
-                texts, size = [], 0
-    if texts:
-        yield texts
 
 
 def write_shard(

@@ -1,10 +1,13 @@
-"""Kill -9 at every durable write of ingest, tokenize and subset: the next run ends with the same bytes."""
+"""Kill -9 at every durable write of each stage: the next run ends with the same bytes and leaves nothing behind."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import itertools
+import logging
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -15,11 +18,15 @@ from pathlib import Path
 
 import pytest
 
+from megatron_inherit.base.errors import UsageError
 from megatron_inherit.data.budget import make_subset
+from megatron_inherit.data.indexed import IndexedFile
 from megatron_inherit.data.ingest import IngestOptions, ingest
 from megatron_inherit.data.manifests import SubsetOptions
 from megatron_inherit.data.opening import open_stream
+from megatron_inherit.data.prepare import make_windows
 from megatron_inherit.data.tokenize import TokenizeOptions, tokenize
+from megatron_inherit.data.windows import EvalWindows
 from tests.support.text_data import make_texts, write_jsonl
 
 OPTIONS = IngestOptions(layout="redpajama", shard_bytes=3000)
@@ -79,7 +86,7 @@ def crash_everywhere(folder: Path, work: Callable[[Path], object], finished: Cal
         work(out)
         finished(out)
         assert contents(out) == expected
-        assert not list(out.rglob("*.tmp-*"))
+        assert not list(folder.rglob("*.tmp-*"))
     raise AssertionError
 
 
@@ -108,6 +115,74 @@ def test_subset_survives_kill_9_anywhere(source: Path, tmp_path: Path) -> None:
             make_subset([str(tmp_path / "tokens")], out, SUBSET)
 
     assert crash_everywhere(tmp_path, work, lambda out: open_stream(out, "train", verify="full")) > 5
+
+
+def test_a_subset_that_is_replaced_survives_kill_9_anywhere(source: Path, tmp_path: Path) -> None:
+    """The old one or the new one is there at any time; what was left is removed by the next run, with a message."""
+    ingest([str(source)], tmp_path / "text", OPTIONS)
+    tokenize(tmp_path / "text", tmp_path / "tokens", TokenizeOptions(tokenizer="bytes"))
+    for writes in itertools.count():
+        out = tmp_path / str(writes)
+        make_subset([str(tmp_path / "tokens")], out, SUBSET)
+        draw = SUBSET.model_copy(update={"tokens": 3000})
+        work = partial(make_subset, [str(tmp_path / "tokens")], out, draw, overwrite=True)
+        if not killed_after(writes, work):
+            break
+        assert open_stream(out, "train", verify="full").spans.num_tokens in (3000, 5000)
+        work()
+        assert open_stream(out, "train", verify="full").spans.num_tokens == 3000
+        assert not list(tmp_path.rglob("*.tmp-*"))
+    assert writes > 5
+
+
+def test_merging_and_preprocess_data_survive_kill_9_anywhere(source: Path, tmp_path: Path) -> None:
+    tool = runpy.run_path(str(Path(__file__).parents[2] / "tools" / "preprocess_data.py"))["main"]
+
+    def work(out: Path) -> None:
+        out.mkdir(exist_ok=True)
+        words = ["--input", str(source / "*.jsonl"), "--output-prefix", str(out / "merged"), "--append-eod"]
+        assert tool([*words, "--tokenizer-type", "ByteLevelTokenizer"]) == 0
+
+    def finished(out: Path) -> None:
+        if (out / "merged_text_document.idx").is_file():
+            assert IndexedFile(out / "merged_text_document").num_documents == 80
+
+    assert crash_everywhere(tmp_path, work, finished) > 30
+
+
+def test_windows_survive_kill_9_anywhere(source: Path, tmp_path: Path) -> None:
+    ingest([str(source)], tmp_path / "text", OPTIONS)
+    tokenize(tmp_path / "text", tmp_path / "tokens", TokenizeOptions(tokenizer="bytes"))
+    make_subset([str(tmp_path / "tokens")], tmp_path / "subset", SUBSET)
+    path = tmp_path / "windows.safetensors"
+    work = partial(make_windows, tmp_path / "subset", path, tokenizer="bytes", sequence_length=16, windows=8)
+    expected = work().fingerprint
+    writes = 0
+    while path.unlink() is None and killed_after(writes, work):
+        assert not path.exists() or EvalWindows.load(path).fingerprint == expected
+        assert work().fingerprint == expected
+        writes += 1
+    assert writes == 3, "fsync of the file, rename, fsync of the folder"
+
+
+def test_what_a_killed_run_left_is_said_and_a_living_one_is_spared(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("megatron_inherit"), "propagate", True)
+    ingest([str(source)], tmp_path / "text", OPTIONS)
+    tokenize(tmp_path / "text", tmp_path / "tokens", TokenizeOptions(tokenizer="bytes"))
+    out, draw = tmp_path / "subset", partial(make_subset, [str(tmp_path / "tokens")])
+    left = tmp_path / "subset.tmp-4711-abcd"
+    left.mkdir()
+    (left / "spans-0-0").write_bytes(b"x" * 100)
+    with (left / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UsageError, match="Another job is writing"):
+            draw(out, SUBSET)
+    assert left.is_dir()
+    draw(out, SUBSET)
+    assert not left.exists()
+    assert f"{left} is left by a job that was killed; it is removed" in caplog.text
 
 
 @pytest.mark.slow
