@@ -190,18 +190,13 @@ def rope_operations(rows: int, heads: int, groups: int, head_dim: int, pad: int)
         q, k = turn(q, t["_cos"], t["_sin"]), turn(k, t["_cos"], t["_sin"])
         return tuple(F.pad(part, (0, pad - head_dim)) for part in (q, k, v))
 
+    def call(module, t):
+        return module.rope_qkv(t["qkv"], t["_cos"], t["_sin"], **sizes)
+
     moved = 2 * rows * (packed_width + out_width)
-    return [
-        Operation(
-            "rope_qkv", f"{rows} tokens, {heads}/{groups} heads of {head_dim} to {pad}", inputs, rows,
-            {
-                "ours": lambda t: rope.rope_qkv(t["qkv"], t["_cos"], t["_sin"], **sizes),
-                "eager": eager,
-                "compile": torch.compile(eager, dynamic=False),
-            },
-            moved, moved,
-        )
-    ]  # fmt: skip
+    everyone = _with_rivals(functools.partial(call, rope), eager, "rope_qkv", call)
+    shape = f"{rows} tokens, {heads}/{groups} heads of {head_dim} to {pad}"
+    return [Operation("rope_qkv", shape, inputs, rows, everyone, moved, moved)]
 
 
 def head_operations(rows: int, hidden: int, vocab: int, teacher: int) -> list[Operation]:
@@ -226,12 +221,19 @@ def head_operations(rows: int, hidden: int, vocab: int, teacher: int) -> list[Op
     def fused_kl(t: Inputs) -> torch.Tensor:
         return dispatch.linear_kl(t["hidden"], t["weight"], t["_teacher_hidden"], t["_teacher_weight"]).mean()
 
-    def rival(module, t: Inputs) -> torch.Tensor:
+    def whole_head(t: Inputs) -> dict:
         everything = torch.ones_like(t["_labels"], dtype=torch.bool)
         shard = Shard(start=0, valid=vocab, vocab_size=vocab, group=None)
-        return module.linear_cross_entropy(
-            t["hidden"], t["weight"], t["_labels"], counted=everything, shard=shard, z_loss=0.0, per_token_grad=False
-        ).mean()
+        return {"counted": everything, "shard": shard, "per_token_grad": False}
+
+    def rival(module, t: Inputs) -> torch.Tensor:
+        return module.linear_cross_entropy(t["hidden"], t["weight"], t["_labels"], z_loss=0.0, **whole_head(t)).mean()
+
+    def rival_kl(module, t: Inputs) -> torch.Tensor:
+        return module.linear_kl(
+            t["hidden"], t["weight"], t["_teacher_hidden"], t["_teacher_weight"],
+            temperature=1.0, kind="forward", alpha=1.0, **whole_head(t),
+        ).mean()  # fmt: skip
 
     def fused(t: Inputs) -> torch.Tensor:
         return dispatch.linear_cross_entropy(t["hidden"], t["weight"], t["_labels"]).mean()
@@ -241,7 +243,7 @@ def head_operations(rows: int, hidden: int, vocab: int, teacher: int) -> list[Op
     heads = _with_rivals(fused, whole, "linear_cross_entropy", rival)
     kls: dict[str, Function] = {"ours": fused_kl, "eager": whole_kl, "compile": torch.compile(whole_kl, dynamic=False)}
     if (liger := _rival("liger")) is not None:
-        kls["liger"] = lambda t: liger.forward_kl(t["hidden"], t["weight"], t["_teacher_hidden"], t["_teacher_weight"])
+        kls["liger"] = functools.partial(rival_kl, liger)
     return [
         Operation("linear_cross_entropy", shape, inputs, rows, heads, flops=products),
         Operation(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 
 from megatron_inherit.kernels.errors import KernelTypeError, KernelValueError
-from megatron_inherit.kernels.head import Shard
+from megatron_inherit.kernels.head import HeadOptions, Shard
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TRITON_FLOATS = (torch.float32, torch.bfloat16)
@@ -117,14 +116,22 @@ def packed_heads(
 
 
 def head(
-    function: str,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    vocab_size: int | None,
-    vocab_start: int,
-    group: dist.ProcessGroup | None,
-) -> Shard:
-    """Checks hidden states, a head and its place in the vocabulary, and gives that place."""
+    function: str, hidden: torch.Tensor, weight: torch.Tensor, options: HeadOptions
+) -> tuple[Shard, dict[str, bool]]:
+    """Checks hidden states, a head and its options; gives its place in the vocabulary and how gradients flow."""
+    unknown = options.keys() - HeadOptions.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"{function}() got an unexpected keyword argument {min(unknown)!r}")
+    gradients = {
+        "per_token_grad": options.get("per_token_grad", False),
+        "reduce_hidden_grad": options.get("reduce_hidden_grad", True),
+    }
+    return _shard(function, hidden, weight, options), gradients
+
+
+def _shard(function: str, hidden: torch.Tensor, weight: torch.Tensor, options: HeadOptions) -> Shard:
+    vocab_size, vocab_start = options.get("vocab_size"), options.get("vocab_start", 0)
+    group = options.get("tp_group")
     same_device(function, {"hidden": hidden, "weight": weight})
     same_dtype(function, {"hidden": hidden, "weight": weight})
     shape(function, "weight", weight, (-1, hidden.shape[-1]))

@@ -68,7 +68,7 @@ def _triton_refuses(x: torch.Tensor, width: int) -> str:
         return missing
     from megatron_inherit.kernels.launch import MAX_WIDTH
 
-    return f"rows of {width} elements exceed the {MAX_WIDTH} that a block holds" if width > MAX_WIDTH else ""
+    return f"heads of {width} elements exceed the {MAX_WIDTH} that a block holds" if width > MAX_WIDTH else ""
 
 
 def implementation(folder: str, function: str, x: torch.Tensor, *, width: int = 0) -> ModuleType:
@@ -78,7 +78,7 @@ def implementation(folder: str, function: str, x: torch.Tensor, *, width: int = 
         folder: The kernel's folder.
         function: What is computed.
         x: The tensor whose device and dtype decide.
-        width: Row length where a block must hold a whole row.
+        width: Elements of a head where a block must hold a whole one.
 
     Returns:
         ``<folder>.reference``, ``<folder>.kernel`` or, for a rival that has the function, ``rivals``.

@@ -6,12 +6,14 @@ ask for one. What an implementation cannot do runs as the reference, with one li
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
-import torch.distributed as dist
 
 from megatron_inherit.kernels import checks
 from megatron_inherit.kernels.choice import implementation
 from megatron_inherit.kernels.errors import KernelValueError
+from megatron_inherit.kernels.head import HeadOptions
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -30,13 +32,13 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         KernelTypeError: Dtypes do not fit.
     """
     checks.norm("rms_norm", x, weight)
-    return implementation("norm", "rms_norm", x, width=x.shape[-1]).rms_norm(x, weight, eps)
+    return implementation("norm", "rms_norm", x).rms_norm(x, weight, eps)
 
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
     """Normalises the last dimension to mean zero and variance one, then scales and shifts; else as ``rms_norm``."""
     checks.norm("layer_norm", x, weight, bias=bias)
-    return implementation("norm", "layer_norm", x, width=x.shape[-1]).layer_norm(x, weight, bias, eps)
+    return implementation("norm", "layer_norm", x).layer_norm(x, weight, bias, eps)
 
 
 def add_rms_norm(
@@ -54,7 +56,7 @@ def add_rms_norm(
         The norm of the sum, and the sum.
     """
     checks.norm("add_rms_norm", x, weight, residual=residual)
-    return implementation("norm", "add_rms_norm", x, width=x.shape[-1]).add_rms_norm(x, residual, weight, eps)
+    return implementation("norm", "add_rms_norm", x).add_rms_norm(x, residual, weight, eps)
 
 
 def add_layer_norm(
@@ -62,7 +64,7 @@ def add_layer_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Adds the residual stream and applies LayerNorm; as ``add_rms_norm``."""
     checks.norm("add_layer_norm", x, weight, bias=bias, residual=residual)
-    module = implementation("norm", "add_layer_norm", x, width=x.shape[-1])
+    module = implementation("norm", "add_layer_norm", x)
     return module.add_layer_norm(x, residual, weight, bias, eps)
 
 
@@ -78,7 +80,7 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         A tensor of ``x``'s shape and dtype.
     """
     checks.rope("rope", x, cos, sin, head_dim=x.shape[-1])
-    return implementation("rope", "rope", x).rope(x, cos, sin)
+    return implementation("rope", "rope", x, width=x.shape[-1]).rope(x, cos, sin)
 
 
 def rope_qkv(
@@ -112,8 +114,9 @@ def rope_qkv(
     """
     checks.rope("rope_qkv", qkv, cos, sin, head_dim=head_dim, rotary_dim=rotary_dim)
     checks.packed_heads("rope_qkv", qkv, num_heads, num_kv_heads, head_dim, pad_to)
-    return implementation("rope", "rope_qkv", qkv).rope_qkv(
-        qkv, cos, sin, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, pad_to=pad_to or head_dim
+    pad_to = pad_to or head_dim
+    return implementation("rope", "rope_qkv", qkv, width=pad_to).rope_qkv(
+        qkv, cos, sin, num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=head_dim, pad_to=pad_to
     )
 
 
@@ -144,11 +147,7 @@ def linear_cross_entropy(
     ignore_index: int = -100,
     mask: torch.Tensor | None = None,
     z_loss: float = 0.0,
-    vocab_size: int | None = None,
-    vocab_start: int = 0,
-    tp_group: dist.ProcessGroup | None = None,
-    reduce_hidden_grad: bool = True,
-    per_token_grad: bool = False,
+    **options: Unpack[HeadOptions],
 ) -> torch.Tensor:
     """Gives the next-token loss of each row without ever holding all logits.
 
@@ -159,14 +158,7 @@ def linear_cross_entropy(
         ignore_index: Rows with this label give zero and no gradient.
         mask: [...], rows where it is zero give zero and no gradient.
         z_loss: Adds ``z_loss * logsumexp^2`` (PaLM's is 1e-4).
-        vocab_size: True number of tokens; rows of the head from there on are padding and take no part. Default: all.
-        vocab_start: Global id of ``weight``'s first row.
-        tp_group: Processes that hold the other rows; each gives the same ``hidden`` and ``labels``.
-        reduce_hidden_grad: Adds up the gradient of ``hidden`` over ``tp_group``. False where the caller does (sequence
-            parallelism: the reduce-scatter behind its all-gather).
-        per_token_grad: The gradient that comes back may differ from row to row. False is right for a sum or a mean
-            over the rows that count, and one matrix product cheaper; a gradient that differs then raises on a CPU and
-            gives NaN on a GPU.
+        options: See ``head.HeadOptions``.
 
     Returns:
         float32 [...] (float64 for float64 input), in nats.
@@ -176,7 +168,7 @@ def linear_cross_entropy(
         KernelTypeError: Dtypes do not fit.
     """
     name = "linear_cross_entropy"
-    shard = checks.head(name, hidden, weight, vocab_size, vocab_start, tp_group)
+    shard, gradients = checks.head(name, hidden, weight, options)
     flat, counted = checks.labels(name, hidden, labels, ignore_index, mask, shard.vocab_size)
     losses = implementation("linear_cross_entropy", name, hidden).linear_cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]),
@@ -185,13 +177,12 @@ def linear_cross_entropy(
         counted=counted,
         shard=shard,
         z_loss=z_loss,
-        per_token_grad=per_token_grad,
-        reduce_hidden_grad=reduce_hidden_grad,
+        **gradients,
     )
     return checks.poison_bad_labels(losses, flat, counted, shard.vocab_size).view(labels.shape)
 
 
-def linear_kl(  # noqa: D417 - one line describes what linear_cross_entropy has too
+def linear_kl(
     student_hidden: torch.Tensor,
     student_weight: torch.Tensor,
     teacher_hidden: torch.Tensor,
@@ -203,11 +194,7 @@ def linear_kl(  # noqa: D417 - one line describes what linear_cross_entropy has 
     labels: torch.Tensor | None = None,
     ignore_index: int = -100,
     mask: torch.Tensor | None = None,
-    vocab_size: int | None = None,
-    vocab_start: int = 0,
-    tp_group: dist.ProcessGroup | None = None,
-    reduce_hidden_grad: bool = True,
-    per_token_grad: bool = False,
+    **options: Unpack[HeadOptions],
 ) -> torch.Tensor:
     """Gives ``alpha * divergence + (1 - alpha) * cross-entropy`` of each row without holding either head's logits.
 
@@ -222,7 +209,7 @@ def linear_kl(  # noqa: D417 - one line describes what linear_cross_entropy has 
         labels: int64 [...], global token ids, for the cross-entropy (at temperature 1).
         ignore_index: Rows with this label give zero and no gradient.
         mask: [...], rows where it is zero give zero and no gradient.
-        vocab_size, vocab_start, tp_group, reduce_hidden_grad, per_token_grad: As for ``linear_cross_entropy``.
+        options: See ``head.HeadOptions``.
 
     Returns:
         float32 [...] (float64 for float64 input), in nats.
@@ -231,7 +218,7 @@ def linear_kl(  # noqa: D417 - one line describes what linear_cross_entropy has 
         KernelValueError, KernelTypeError: Shapes, devices, vocabulary bounds, dtypes or options do not fit.
     """
     name = "linear_kl"
-    shard = checks.head(name, student_hidden, student_weight, vocab_size, vocab_start, tp_group)
+    shard, gradients = checks.head(name, student_hidden, student_weight, options)
     checks.teacher(name, student_hidden, teacher_hidden, teacher_weight, shard)
     checks.divergence(name, kind, temperature, alpha, labels)
     flat, counted = checks.labels(name, student_hidden, labels, ignore_index, mask, shard.vocab_size)
@@ -246,8 +233,7 @@ def linear_kl(  # noqa: D417 - one line describes what linear_cross_entropy has 
         temperature=temperature,
         kind=kind,
         alpha=alpha,
-        per_token_grad=per_token_grad,
-        reduce_hidden_grad=reduce_hidden_grad,
+        **gradients,
     )
     checked = losses if alpha == 1 else checks.poison_bad_labels(losses, flat, counted, shard.vocab_size)
     return checked.view(student_hidden.shape[:-1])
@@ -262,11 +248,7 @@ def linear_topk_kl(
     *,
     temperature: float = 1.0,
     mask: torch.Tensor | None = None,
-    vocab_size: int | None = None,
-    vocab_start: int = 0,
-    tp_group: dist.ProcessGroup | None = None,
-    reduce_hidden_grad: bool = True,
-    per_token_grad: bool = False,
+    **options: Unpack[HeadOptions],
 ) -> torch.Tensor:
     """Gives the forward divergence of each row from a cached teacher: k tokens and one ghost that holds the rest.
 
@@ -278,11 +260,7 @@ def linear_topk_kl(
         ghost_logprob: [...], the log-probability of all other tokens together; -inf for none.
         temperature: The one the cache was made with; the divergence is multiplied by its square.
         mask: [...], rows where it is zero give zero and no gradient.
-        vocab_size: As for ``linear_cross_entropy``.
-        vocab_start: As for ``linear_cross_entropy``.
-        tp_group: As for ``linear_cross_entropy``.
-        reduce_hidden_grad: As for ``linear_cross_entropy``.
-        per_token_grad: As for ``linear_cross_entropy``.
+        options: See ``head.HeadOptions``.
 
     Returns:
         float32 [...] (float64 for float64 input), in nats.
@@ -292,7 +270,7 @@ def linear_topk_kl(
         KernelTypeError: Dtypes do not fit.
     """
     name = "linear_topk_kl"
-    shard = checks.head(name, student_hidden, weight, vocab_size, vocab_start, tp_group)
+    shard, gradients = checks.head(name, student_hidden, weight, options)
     checks.divergence(name, "forward", temperature, 1.0, None)
     checks.topk(name, student_hidden, topk_ids, topk_logprobs, ghost_logprob, shard.vocab_size)
     _, counted = checks.labels(name, student_hidden, None, 0, mask, shard.vocab_size)
@@ -306,7 +284,6 @@ def linear_topk_kl(
         counted=counted,
         shard=shard,
         temperature=temperature,
-        per_token_grad=per_token_grad,
-        reduce_hidden_grad=reduce_hidden_grad,
+        **gradients,
     )
     return losses.view(student_hidden.shape[:-1])

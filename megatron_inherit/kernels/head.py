@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,27 @@ MAX_ROWS = 4096
 MIN_ROWS = 64
 BUFFER_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}
 """Largest chunk of logits: 4096 rows of a vocabulary of 128k in bfloat16 on a GPU, what still streams well on a CPU."""
+
+
+class HeadOptions(TypedDict, total=False):
+    """What every operation on a linear head takes besides its own arguments; each may be left out.
+
+    Attributes:
+        vocab_size: True number of tokens; rows of the head from there on are padding and take no part. Default: all.
+        vocab_start: Global id of the head's first row. Default: 0.
+        tp_group: Processes that hold the other rows; each gives the same hidden states and labels. Default: None.
+        reduce_hidden_grad: Adds up the gradient of the hidden states over ``tp_group``. False where the caller does
+            (sequence parallelism: the reduce-scatter behind its all-gather). Default: True.
+        per_token_grad: The gradient that comes back may differ from row to row. False, the default, is right for a sum
+            or a mean over the rows that count, and one matrix product cheaper; a gradient that differs then raises on a
+            CPU and gives NaN on a GPU.
+    """
+
+    vocab_size: int | None
+    vocab_start: int
+    tp_group: dist.ProcessGroup | None
+    reduce_hidden_grad: bool
+    per_token_grad: bool
 
 
 @dataclass(frozen=True)

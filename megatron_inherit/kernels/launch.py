@@ -9,7 +9,7 @@ import triton
 
 INTERPRETER_PROCESSORS = 2
 MAX_WIDTH = 8192
-"""Elements of a row that one block reduces without spilling registers; longer rows run as the reference."""
+"""Elements that one block holds without spilling registers: a norm walks along longer rows, a head may not be wider."""
 
 
 @functools.cache

@@ -15,12 +15,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from megatron_inherit.kernels.linear_cross_entropy import reference
+from megatron_inherit.kernels.linear_kl import reference as kl_reference
 
 PACKAGES = {"liger": "liger_kernel", "quack": "quack"}
 FUNCTIONS = {
-    "liger": {"rms_norm", "layer_norm", "add_rms_norm", "swiglu", "linear_cross_entropy"},
+    "liger": {"rms_norm", "layer_norm", "add_rms_norm", "rope_qkv", "swiglu", "linear_cross_entropy", "linear_kl"},
     "quack": {"rms_norm", "add_rms_norm", "linear_cross_entropy"},
 }
 _logger = logging.getLogger(__name__)
@@ -58,18 +60,85 @@ def _liger() -> Any:
         )
         return result[0] if isinstance(result, tuple) else result
 
-    def forward_kl(*heads: torch.Tensor) -> torch.Tensor:
-        """Gives the mean KL(teacher, student) of two heads: the generalised JSD at 0; benchmarks only."""
-        return ops.LigerFusedLinearJSDFunction.apply(*heads, None, 0.0, -100, 1.0)
+    def forward_rope(q: torch.Tensor, k: torch.Tensor, *tables: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        # it turns contiguous tensors in place: both are copied into its own order first
+        physical = [x.transpose(0, 1).clone(memory_format=torch.contiguous_format).transpose(1, 2) for x in (q, k)]
+        width = 2 * tables[0].shape[-1]
+        turned = ops.LigerRopeFunction.apply(*physical, *(_batch_first(t) for t in tables), None, 1, width)
+        return tuple(x.permute(2, 0, 1, 3) for x in turned)
 
     return SimpleNamespace(
-        forward_kl=forward_kl,
         rms_norm=rms_norm,
         layer_norm=layer_norm,
         add_rms_norm=ops.LigerFusedAddRMSNormFunction.apply,
+        rope_qkv=functools.partial(_rope_qkv, forward_rope),
         swiglu=ops.LigerFusedGateUpSiLUMulFunction.apply,
         linear_cross_entropy=functools.partial(_spread, "liger", total),
+        linear_kl=functools.partial(_liger_kl, ops.LigerFusedLinearJSDFunction.apply),
     )
+
+
+def _batch_first(table: torch.Tensor) -> torch.Tensor:
+    """Gives a table [s, r] or [s, b, r] as [1 or b, s, r]."""
+    return table[None] if table.ndim == 2 else table.transpose(0, 1)
+
+
+def _rope_qkv(
+    turn: Callable[..., tuple[torch.Tensor, ...]],
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    pad_to: int,
+) -> tuple[torch.Tensor, ...]:
+    """Gives a rival that turns separate queries and keys what ``dispatch.rope_qkv`` gives ours."""
+    grouped = qkv.unflatten(-1, (num_kv_heads, num_heads // num_kv_heads + 2, head_dim))
+    q, k, v = grouped[..., :-2, :].flatten(2, 3), grouped[..., -2, :], grouped[..., -1, :]
+    return tuple(F.pad(x, (0, pad_to - head_dim)) for x in (*turn(q, k, cos, sin), v))
+
+
+JSD_BETA = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}
+
+
+def _liger_kl(
+    run: Callable[..., torch.Tensor],
+    student_hidden: torch.Tensor,
+    student_weight: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    teacher_weight: torch.Tensor,
+    *,
+    counted: torch.Tensor,
+    shard: Any,
+    temperature: float,
+    kind: str,
+    alpha: float,
+    per_token_grad: bool,
+    **options: Any,
+) -> torch.Tensor:
+    """Gives Liger's mean divergence to every row that counts: it knows no loss of a row and no cross-entropy beside."""
+    heads = student_hidden, student_weight, teacher_hidden, teacher_weight
+    if shard.group is not None or per_token_grad or alpha < 1:
+        _say_once("kernels: liger's divergence has no shards, gradients of rows or cross-entropy; the reference runs")
+        return kl_reference.linear_kl(
+            *heads,
+            counted=counted,
+            shard=shard,
+            temperature=temperature,
+            kind=kind,
+            alpha=alpha,
+            per_token_grad=per_token_grad,
+            **options,
+        )
+    student_weight, teacher_weight = student_weight[: shard.valid], teacher_weight[: shard.valid]
+    ignored = torch.where(counted, 0, -100)
+    mean = run(
+        student_hidden, student_weight, teacher_hidden, teacher_weight, ignored, JSD_BETA[kind], -100, temperature
+    )
+    mean = mean[0] if isinstance(mean, tuple) else mean
+    return torch.where(counted, mean.float() * temperature**2, 0.0)
 
 
 def _quack() -> Any:
@@ -109,8 +178,11 @@ def _spread(
     **options: Any,
 ) -> torch.Tensor:
     """Gives a rival's summed loss in equal parts to the rows that count: its fast path knows no loss of a row."""
-    if shard.group is not None or per_token_grad or (z_loss and name == "quack"):
-        _say_once(f"kernels: {name} has no shards, gradients of rows or (quack) z-loss; the reference runs")
+    lacking = name == "quack" and (z_loss or hidden.shape[0] % 8 or weight.shape[0] % 8)
+    if shard.group is not None or per_token_grad or lacking:
+        _say_once(
+            f"kernels: {name} has no shards or gradients of rows, quack no z-loss or odd sizes; the reference runs"
+        )
         return reference.linear_cross_entropy(
             hidden,
             weight,

@@ -41,7 +41,10 @@ def test_triton_runs(monkeypatch):
 
 
 @dtypes
-@pytest.mark.parametrize(("rows", "width"), [(1, 3200), (777, 3200), (300, 4096), (65, 8192), (4099, 128), (9, 1001)])
+@pytest.mark.parametrize(
+    ("rows", "width"),
+    [(1, 3200), (777, 3200), (300, 4096), (65, 8192), (65, 8193), (33, 16384), (4099, 128), (9, 1001)],
+)
 def test_norms(rows, width, dtype):
     inputs = {
         "x": spread(draw(rows, width, seed=1, dtype=dtype)),

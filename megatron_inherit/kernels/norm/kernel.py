@@ -1,7 +1,8 @@
 """RMSNorm and LayerNorm in Triton, the residual addition fused in: one pass over memory each way.
 
 The weight's gradient is a sum over rows: every program keeps the sum of its rows in registers and writes it once, and
-the few partial sums are added in a fixed order, so that two runs agree bit for bit.
+the few partial sums are added in a fixed order, so that two runs agree bit for bit. Rows that one block cannot hold go
+to ``long_rows``.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 
 from megatron_inherit.kernels import launch
-from megatron_inherit.kernels.errors import KernelValueError
+from megatron_inherit.kernels.norm import long_rows
 
 Tensors = tuple[torch.Tensor | None, ...]
 
@@ -87,11 +88,6 @@ def norm_backward(
         tl.store(DBIAS + at, tl.sum(bias_sum, 0), mask=kept)
 
 
-def _refuse_wide(width: int) -> None:
-    if width > launch.MAX_WIDTH:
-        raise KernelValueError("norm: the rows of 'x' are longer than a block.", got=width, expected=launch.MAX_WIDTH)
-
-
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -106,13 +102,14 @@ class _Norm(torch.autograd.Function):
         flat = launch.as_rows(x)
         added = None if residual is None else launch.as_rows(residual)
         num_rows, width = flat.shape
-        _refuse_wide(width)
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         summed = flat if added is None else torch.empty_like(y)
         rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device)
         mean = torch.empty_like(rstd) if layer else rstd
         rows, block = launch.tile(width, widest=launch.MAX_WIDTH)
-        if num_rows:
+        if num_rows and width > launch.MAX_WIDTH:
+            long_rows.forward(flat, added, weight, bias, (y, summed, mean, rstd), eps, layer=layer)
+        elif num_rows:
             norm_forward[(triton.cdiv(num_rows, rows),)](
                 flat, flat if added is None else added, weight, weight if bias is None else bias, y, summed, mean, rstd,
                 flat.stride(0), 0 if added is None else added.stride(0), num_rows, width, eps,
@@ -158,12 +155,15 @@ def _backward(
     rows_in, grad = launch.as_rows(x), launch.as_rows(dy)
     extra = None if dsum is None else launch.as_rows(dsum)
     num_rows, width = rows_in.shape
+    dx = torch.empty_like(dy, memory_format=torch.contiguous_format)
+    if num_rows and width > launch.MAX_WIDTH:
+        parts = long_rows.backward(grad, extra, rows_in, weight, mean, rstd, dx, layer=layer, bias=bias)
+        return dx, parts[0].sum(0), None if parts[1] is None else parts[1].sum(0)
     rows, block = launch.tile(width, widest=launch.MAX_WIDTH)
     num_warps = launch.warps(rows * block, per_thread=8)
     tiles = triton.cdiv(num_rows, rows)
     steps = max(1, triton.cdiv(tiles, launch.resident_programs(x.device, num_warps)))
     programs = triton.cdiv(tiles, steps)
-    dx = torch.empty_like(dy, memory_format=torch.contiguous_format)
     dweight = torch.empty(programs, width, dtype=torch.float32, device=x.device)
     dbias = torch.empty_like(dweight) if bias else None
     if programs:

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from megatron_inherit.kernels import launch
+from megatron_inherit.kernels.errors import KernelValueError
 
 
 @triton.jit
@@ -96,6 +97,10 @@ def _run(
     if packed.numel() == 0:
         return
     half, pad = cos.shape[-1], parts[0].shape[-1]
+    if max(head_dim, pad) > launch.MAX_WIDTH:
+        raise KernelValueError(
+            "rope: the heads of 'packed' are wider than a block.", got=max(head_dim, pad), expected=launch.MAX_WIDTH
+        )
     half_block = triton.next_power_of_2(half)
     tail = (head_dim if backward else pad) - 2 * half
     head_block = min(triton.next_power_of_2(heads), max(1, 2048 // half_block))

@@ -130,6 +130,7 @@ def main() -> None:
     cases = {
         f"width {HIDDEN} bf16": lambda: norms(bf16, HIDDEN),
         "width 8192 bf16": lambda: norms(bf16, 8192),
+        "width 16384 bf16": lambda: norms(bf16, 16384),
         "width 128 bf16": lambda: norms(bf16, 128),
         f"ffn {FFN} bf16": lambda: activations(bf16, FFN),
         f"heads of {HEAD_DIM} padded to 128 bf16": lambda: ropes(bf16, HEAD_DIM, 128, HEADS),
@@ -139,6 +140,7 @@ def main() -> None:
     if "--all" in sys.argv:
         cases |= {
             f"width {HIDDEN} fp32": lambda: norms(fp32, HIDDEN),
+            "width 16384 fp32": lambda: norms(fp32, 16384),
             f"ffn {FFN} fp32": lambda: activations(fp32, FFN),
             "heads of 128 in 8 groups fp32": lambda: ropes(fp32, 128, 128, 8),
             f"vocabulary {VOCAB} fp32": lambda: heads(fp32, VOCAB),

@@ -20,6 +20,7 @@ from megatron_inherit.kernels.linear_cross_entropy import reference as lce_truth
 from megatron_inherit.kernels.linear_kl import kernel as kl  # isort: skip
 from megatron_inherit.kernels.linear_kl import reference as kl_truth  # isort: skip
 from megatron_inherit.kernels.norm import kernel as norm  # isort: skip
+from megatron_inherit.kernels.norm import long_rows  # isort: skip
 from megatron_inherit.kernels.norm import reference as norm_truth  # isort: skip
 from megatron_inherit.kernels.rope import kernel as rope  # isort: skip
 from megatron_inherit.kernels.rope import reference as rope_truth  # isort: skip
@@ -94,6 +95,43 @@ def test_norms_of_strided_rows(dtype):
 @given(rows=st.integers(0, 9), width=st.integers(1, 300), dtype=st.sampled_from(DTYPES))
 def test_norms_of_drawn_shapes(rows, width, dtype):
     check_norms(norm_inputs(rows, width, dtype), dtype)
+
+
+@pytest.fixture
+def short_blocks(monkeypatch):
+    """Lets every row of more than 16 elements be walked along in blocks of 16."""
+    monkeypatch.setattr(launch, "MAX_WIDTH", 16)
+    monkeypatch.setattr(long_rows, "BLOCK", 16)
+    monkeypatch.setattr(long_rows, "SUM_BLOCK", 16)
+
+
+@SETTINGS
+@given(rows=st.integers(0, 9), width=st.integers(1, 100), dtype=st.sampled_from(DTYPES))
+def test_norms_of_rows_longer_than_a_block(short_blocks, rows, width, dtype):
+    check_norms(norm_inputs(rows, width, dtype), dtype)
+
+
+@dtypes
+def test_norms_of_long_strided_rows(short_blocks, dtype):
+    inputs = norm_inputs(6, 40, dtype)
+    inputs["x"], inputs["residual"] = spread(inputs["x"]), transposed(inputs["residual"])
+    check_norms(inputs, dtype)
+
+
+@pytest.mark.parametrize("width", [8193, 12288, 20000])
+def test_norms_of_rows_that_exceed_the_true_block(width):
+    check_norms(norm_inputs(3, width, torch.float32), torch.float32)
+
+
+def test_long_rows_are_normalised_the_same_way_bit_for_bit_twice(short_blocks):
+    x, residual = (tensor(40, 90, seed=s, dtype=torch.bfloat16).requires_grad_() for s in (1, 2))
+    weight, bias = (tensor(90, seed=s, dtype=torch.bfloat16).requires_grad_() for s in (3, 4))
+
+    def run():
+        y, summed = norm.add_layer_norm(x, residual, weight, bias, 1e-5)
+        return torch.autograd.grad((y.float() * summed.float()).sum(), (x, residual, weight, bias))
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
 
 def test_norm_without_bias_and_with_a_wide_weight():

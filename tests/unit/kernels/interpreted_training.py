@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
+import triton.language as tl
 
+from megatron_inherit.kernels import rivals
 from tests.support.kernel_proof import errors, tensor
 from tests.unit.kernels.interpreted import (
     activation,
     activation_truth,
     head_options,
+    kl_truth,
     labels_of,
     lce,
     lce_truth,
     norm,
+    norm_inputs,
     norm_truth,
     rope,
     rope_truth,
@@ -21,17 +27,53 @@ from tests.unit.kernels.interpreted import (
 from tests.unit.kernels.tolerances import check
 
 
-def test_liger_behind_our_functions():
-    pytest.importorskip("liger_kernel")
-    from megatron_inherit.kernels import rivals
+def rsqrt(x):
+    """Stands for the one of CUDA's own library, which the interpreter lacks."""
+    return tl.rsqrt(x)
 
-    liger = rivals.load("liger")
+
+@pytest.fixture
+def liger():
+    pytest.importorskip("liger_kernel")
+    return rivals.load("liger")
+
+
+@pytest.mark.parametrize("names", [("x", "weight"), ("x", "weight", "bias"), ("x", "residual", "weight")], ids=str)
+def test_ligers_norms_behind_our_functions(liger, monkeypatch, names):
+    for module in ("rms_norm", "layer_norm", "fused_add_rms_norm"):
+        monkeypatch.setattr(importlib.import_module(f"liger_kernel.ops.{module}"), "rsqrt", rsqrt)
+    name = {2: "rms_norm", 3: "layer_norm" if "bias" in names else "add_rms_norm"}[len(names)]
+    inputs = norm_inputs(5, 32, torch.float32)
+
+    def run(module):
+        return lambda t: getattr(module, name)(*t.values(), 1e-5)
+
+    check("norm", torch.float32, errors(run(liger), run(norm_truth), {key: inputs[key] for key in names}))
+
+
+def test_ligers_activation_behind_our_function(liger):
     packed = {"packed": tensor(3, 32, seed=1, dtype=torch.float32)}
-    check(
-        "activation",
-        torch.float32,
-        errors(lambda t: liger.swiglu(t["packed"]), lambda t: activation_truth.swiglu(t["packed"]), packed),
+    found = errors(lambda t: liger.swiglu(t["packed"]), lambda t: activation_truth.swiglu(t["packed"]), packed)
+    check("activation", torch.float32, found)
+
+
+@pytest.mark.parametrize(("length", "groups", "rotated"), [(3, 2, 8), (3, 2, 4), (1, 1, 8)])
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_ligers_rope_behind_our_function(liger, length, groups, rotated, per_sample):
+    angles = tensor(length, *([1] if per_sample else []), rotated // 2, seed=2, dtype=torch.float32)
+    inputs = {
+        "qkv": tensor(length, 1, groups * 4 * 8, seed=1, dtype=torch.float32),
+        "_cos": angles.cos(),
+        "_sin": angles.sin(),
+    }
+    sizes = {"num_heads": 2 * groups, "num_kv_heads": groups, "head_dim": 8, "pad_to": 12}
+    found = errors(
+        lambda t: liger.rope_qkv(*t.values(), **sizes), lambda t: rope_truth.rope_qkv(*t.values(), **sizes), inputs
     )
+    check("rope", torch.float32, found)
+
+
+def test_ligers_head_behind_our_function(liger):
     labels = labels_of(6, 70, "some")
     found = errors(
         lambda t: liger.linear_cross_entropy(
@@ -41,6 +83,27 @@ def test_liger_behind_our_functions():
         {"hidden": tensor(6, 16, seed=2, dtype=torch.float32), "weight": tensor(70, 16, seed=3, dtype=torch.float32)},
     )
     check("linear_cross_entropy", torch.float32, found)
+
+
+@pytest.mark.parametrize("kind", kl_truth.KINDS)
+def test_ligers_divergence_behind_our_function(liger, kind):
+    counted = torch.arange(6) % 3 != 0
+    heads = {
+        "hidden": tensor(6, 16, seed=2, dtype=torch.float32),
+        "weight": tensor(70, 16, seed=3, dtype=torch.float32, scale=0.3),
+        "_teacher_hidden": tensor(6, 12, seed=4, dtype=torch.float32),
+        "_teacher_weight": tensor(72, 12, seed=5, dtype=torch.float32, scale=0.3),
+    }
+    options = head_options(counted, 68, False) | {"labels": None, "alpha": 1.0}
+
+    def run(t):
+        return liger.linear_kl(*t.values(), kind=kind, temperature=2.0, **options).sum()
+
+    def truth(t):
+        losses = kl_truth.naive(*t.values(), vocab_size=68, kind=kind, temperature=2.0)
+        return torch.where(counted, losses, 0.0).sum()
+
+    check("linear_kl", torch.float32, errors(run, truth, heads))
 
 
 def block(module_norm, module_rope, module_activation, weights: dict[str, torch.Tensor], x: torch.Tensor, tables):

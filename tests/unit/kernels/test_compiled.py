@@ -13,8 +13,9 @@ import pytest
 pytest.importorskip("triton")
 SCRIPT = Path(__file__).with_name("compile_all.py")
 KERNELS = {
-    "norm_forward", "norm_backward", "swiglu_forward", "swiglu_backward", "gelu_forward", "gelu_backward", "rotate",
-    "cross_entropy", "divergence", "topk_gradient", "row_logsumexp",
+    "norm_forward", "norm_backward", "long_norm_forward", "long_norm_backward", "long_norm_sums", "swiglu_forward",
+    "swiglu_backward", "gelu_forward", "gelu_backward", "rotate", "cross_entropy", "divergence", "topk_gradient",
+    "row_logsumexp",
 }  # fmt: skip
 
 

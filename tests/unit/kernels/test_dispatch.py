@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 
 import pytest
@@ -77,11 +78,21 @@ def test_triton_refuses_what_its_blocks_do_not_hold(ask, monkeypatch):
     assert "exceed" in choice._triton_refuses(x, launch.MAX_WIDTH + 1)
     assert "float64" in choice._triton_refuses(x.double(), 4)
     assert choice._triton_refuses(x, 4) == ""
+    wide = torch.ones(2, 1, 1, launch.MAX_WIDTH + 2)
+    with pytest.raises(KernelValueError, match=rf"heads of 'packed'.*{launch.MAX_WIDTH + 2}.*{launch.MAX_WIDTH}"):
+        importlib.import_module("megatron_inherit.kernels.rope.kernel").rope(wide, torch.ones(2, 1), torch.ones(2, 1))
 
 
 X, W = torch.ones(3, 4), torch.ones(4)
 HIDDEN, HEAD, LABELS = torch.ones(3, 4), torch.ones(6, 4), torch.zeros(3, dtype=torch.int64)
 COS = torch.ones(3, 2)
+
+
+class Group:
+    """Two processes, of which this is one; every check comes before the first word to the other."""
+
+    def __init__(self, rank: int):
+        self.rank, self.size = lambda: rank, lambda: 2
 
 
 @pytest.mark.parametrize(
@@ -131,6 +142,55 @@ COS = torch.ones(3, 2)
         ),
         (lambda: dispatch.linear_cross_entropy(HIDDEN, HEAD, LABELS, vocab_size=9), KernelValueError, "fewer rows"),
         (lambda: dispatch.linear_cross_entropy(HIDDEN, HEAD, LABELS, vocab_start=3), KernelValueError, "'tp_group'"),
+        (lambda: dispatch.linear_kl(HIDDEN, HEAD, HIDDEN, HEAD, vocab_sise=6), TypeError, "argument 'vocab_sise'"),
+        (
+            lambda: dispatch.linear_cross_entropy(HIDDEN, HEAD, LABELS, mask=torch.ones(2)),
+            KernelValueError,
+            "'mask' has the wrong shape",
+        ),
+        (
+            lambda: dispatch.linear_cross_entropy(HIDDEN, HEAD.to("meta"), LABELS),
+            KernelValueError,
+            "'weight' and 'hidden' are on different devices.*weight on meta.*cpu",
+        ),
+        (
+            lambda: dispatch.linear_cross_entropy(HIDDEN, HEAD, LABELS, tp_group=Group(0), vocab_size=20),
+            KernelValueError,
+            "'weight' is not this rank's shard.*6 rows from 0 on rank 0 of 2.*at least 20 rows",
+        ),
+        (
+            lambda: dispatch.linear_cross_entropy(HIDDEN, HEAD, LABELS, tp_group=Group(1), vocab_size=12),
+            KernelValueError,
+            "'weight' is not this rank's shard.*from 0 on rank 1 of 2",
+        ),
+        (
+            lambda: dispatch.linear_cross_entropy(HIDDEN, HEAD, LABELS, tp_group=Group(0)),
+            KernelValueError,
+            "needs 'vocab_size'",
+        ),
+        (
+            lambda: dispatch.linear_topk_kl(HIDDEN, HEAD, LABELS[:, None] + 6, X[:, :1], X[:, 0]),
+            KernelValueError,
+            "'topk_ids' holds ids outside the vocabulary.*6 to 6.*0 to 5",
+        ),
+        (
+            lambda: dispatch.linear_topk_kl(HIDDEN, HEAD, LABELS[:, None], X[:, :1], X[:2, 0]),
+            KernelValueError,
+            "'ghost_logprob' has the wrong shape",
+        ),
+        (
+            lambda: dispatch.linear_kl(HIDDEN, HEAD, X[:2], HEAD),
+            KernelValueError,
+            "'teacher_hidden' has the wrong shape",
+        ),
+        (lambda: dispatch.gelu_tanh(X, W.double()), KernelTypeError, "'bias' and 'x' differ in dtype"),
+        (lambda: dispatch.swiglu(X.long()), KernelTypeError, "'packed' is not a float tensor"),
+        (lambda: dispatch.rope(torch.ones(3, 1, 2, 4), COS, COS.half()), KernelTypeError, "'sin' and 'cos' differ"),
+        (
+            lambda: dispatch.rope_qkv(torch.ones(3, 1, 20), COS, COS, num_heads=3, num_kv_heads=2, head_dim=4),
+            KernelValueError,
+            "do not divide into the key/value heads.*3 and 2",
+        ),
         (lambda: dispatch.linear_kl(HIDDEN, HEAD, HIDDEN, HEAD[:5]), KernelValueError, "teacher's vocabulary shard"),
         (lambda: dispatch.linear_kl(HIDDEN, HEAD, HIDDEN, HEAD, kind="kl"), KernelValueError, "unknown divergence"),
         (lambda: dispatch.linear_kl(HIDDEN, HEAD, HIDDEN, HEAD, temperature=0.0), KernelValueError, "must be positive"),
