@@ -44,14 +44,14 @@ def check_batch(options: EngineOptions, *, global_batch: int, sequence_length: i
     unit = options.micro_batch * replicas
     if global_batch % unit:
         raise ConfigError(
-            f"The global batch does not split into {replicas} replicas of micro-batches of {options.micro_batch}.",
+            f"train.global_batch: does not split into {replicas} replicas of micro-batches of {options.micro_batch}.",
             got=global_batch,
             expected=f"a multiple of {unit}, such as {_around(global_batch, unit)}",
         )
     pieces = global_batch // unit
     if options.vpp > 1 and pieces % options.pp:
         raise ConfigError(
-            "The interleaved pipeline needs as many micro-batches a replica as a multiple of its stages.",
+            "train.global_batch: parallel.vpp needs a multiple of parallel.pp micro-batches a replica.",
             got=f"{pieces} micro-batches for {options.pp} stages",
             expected=f"a global batch that is a multiple of {unit * options.pp}",
         )
@@ -59,7 +59,7 @@ def check_batch(options: EngineOptions, *, global_batch: int, sequence_length: i
     parts *= options.tp if options.sequence_parallel else 1
     if sequence_length % parts:
         raise ConfigError(
-            "The sequence does not split over context and sequence parallelism.",
+            "train.sequence_length: does not split over context and sequence parallelism.",
             got=sequence_length,
             expected=f"a multiple of {parts}, such as {_around(sequence_length, parts)}",
         )
@@ -77,11 +77,13 @@ def _divisors(value: int) -> str:
 def _check_sizes(options: EngineOptions, config: ModelConfig, world_size: int) -> None:
     for name in ("tp", "pp", "vpp", "cp", "micro_batch"):
         if getattr(options, name) < 1:
-            raise ConfigError(f"{name} must be at least 1.", got=getattr(options, name))
+            key = "train.micro_batch" if name == "micro_batch" else f"parallel.{name}"
+            raise ConfigError(f"{key}: must be at least 1.", got=getattr(options, name))
     ranks = options.tp * options.pp * options.cp
     if world_size % ranks:
         raise ConfigError(
-            f"{world_size} processes do not split into replicas of tp {options.tp}, pp {options.pp}, cp {options.cp}.",
+            f"parallel: {world_size} processes do not split into replicas of tp {options.tp}, pp {options.pp}, "
+            f"cp {options.cp}.",
             expected=f"a multiple of {ranks} processes",
         )
     for what, count in (
@@ -91,27 +93,31 @@ def _check_sizes(options: EngineOptions, config: ModelConfig, world_size: int) -
     ):
         if count % options.tp:
             raise ConfigError(
-                f"Tensor parallelism of {options.tp} does not divide the {count} {what} of the model.",
+                f"parallel.tp: {options.tp} does not divide the {count} {what} of the model.",
                 expected=f"tp among {_divisors(config.num_kv_heads)}",
             )
     if options.sequence_parallel and options.tp == 1:
-        raise ConfigError("Sequence parallelism needs tensor parallelism.", fix="Set tp to 2 or more, or turn it off.")
+        raise ConfigError(
+            "parallel.sequence_parallel: needs tensor parallelism.", fix="Set parallel.tp to 2 or more, or turn it off."
+        )
     if options.clip < 0 or options.eps <= 0 or not all(0 <= beta < 1 for beta in options.betas):
-        raise ConfigError("clip must be >= 0, eps > 0 and both betas in [0, 1).")
+        raise ConfigError("optimizer: clip must be >= 0, eps > 0 and both betas in [0, 1).")
 
 
 def _check_pipeline(options: EngineOptions, config: ModelConfig) -> None:
     chunks = options.pp * options.vpp
     if options.vpp > 1 and options.pp == 1:
-        raise ConfigError("A virtual pipeline needs a pipeline.", got=f"vpp {options.vpp}, pp 1", fix="Set vpp to 1.")
+        raise ConfigError(
+            "parallel.vpp: needs a pipeline.", got=f"vpp {options.vpp}, pp 1", fix="Set parallel.vpp to 1."
+        )
     uneven = [n for n in (options.first_stage_layers, options.last_stage_layers) if n is not None]
     if uneven:
         if options.vpp > 1 or options.pp < 2:
-            raise ConfigError("first_stage_layers and last_stage_layers need pp >= 2 and vpp = 1.")
+            raise ConfigError("parallel: first_stage_layers and last_stage_layers need pp >= 2 and vpp = 1.")
         rest, stages = config.num_layers - sum(uneven), options.pp - len(uneven)
         if min(uneven) < 1 or rest < stages or (stages and rest % stages) or (not stages and rest):
             raise ConfigError(
-                "The blocks that the first and last stage leave do not split over the other stages.",
+                "parallel.first_stage_layers, last_stage_layers: the blocks left do not split over the other stages.",
                 got=f"{rest} blocks over {stages} stages",
             )
     elif config.num_layers % chunks:
@@ -119,56 +125,73 @@ def _check_pipeline(options: EngineOptions, config: ModelConfig) -> None:
         fits = [f"{p}x{v}" for p in range(1, total + 1) for v in range(1, total // p + 1) if total % (p * v) == 0]
         fits = [pair for pair in fits if pair.endswith("x1") or not pair.startswith("1x")]
         raise ConfigError(
-            f"{total} blocks do not split into pp {options.pp} x vpp {options.vpp} equal chunks.",
+            f"parallel.pp: {total} blocks do not split into pp {options.pp} x vpp {options.vpp} equal chunks.",
             expected=f"pp x vpp among {', '.join(fits)}",
-            fix="Or set first_stage_layers and last_stage_layers.",
+            fix="Or set parallel.first_stage_layers and last_stage_layers.",
         )
 
 
 def _check_stages(options: EngineOptions, sharing: Sharing, config: ModelConfig) -> None:
     require_cover(sharing.plan, config)
     if options.vpp > 1 and options.pp == 1:
-        raise ConfigError("A virtual pipeline needs a pipeline.", got=f"vpp {options.vpp}, pp 1", fix="Set vpp to 1.")
+        raise ConfigError(
+            "parallel.vpp: needs a pipeline.", got=f"vpp {options.vpp}, pp 1", fix="Set parallel.vpp to 1."
+        )
     if options.first_stage_layers or options.last_stage_layers:
         raise ConfigError(
-            "With shared stages the pipeline is cut between them.",
+            "parallel.first_stage_layers, last_stage_layers: with shared stages the pipeline is cut between them.",
             fix="Leave first_stage_layers and last_stage_layers out.",
         )
     sharing.partition(options.pp, options.vpp)
     if sharing.low_rank and options.tp > 1:
-        raise ConfigError("sharing.low_rank is not cut by tensor parallelism.", fix="Set tp to 1.")
+        raise ConfigError("sharing.low_rank: is not cut by tensor parallelism.", fix="Set parallel.tp to 1.")
 
 
 def _check_deepspeed(options: EngineOptions) -> None:
     if options.sharing is not None and options.sharing.relaxed and options.zero_stage == 3:
-        raise ConfigError("sharing.gates and sharing.low_rank are not for ZeRO-3.", fix="Set zero_stage to 2.")
+        raise ConfigError("sharing.gates, sharing.low_rank: not for ZeRO-3.", fix="Set deepspeed.zero_stage to 2.")
     if options.soft_tie is not None or options.keep_zeros:
-        raise ConfigError("soft_tie and keep_zeros are of the megatron engine.", fix="Take engine=megatron.")
+        raise ConfigError(
+            "sharing.soft_tie, sharing.keep_zeros: the deepspeed engine has neither.", fix="Take engine=megatron."
+        )
     if options.zero_stage not in (0, 1, 2, 3):
-        raise ConfigError("zero_stage must be 0, 1, 2 or 3.", got=options.zero_stage)
+        raise ConfigError("deepspeed.zero_stage: must be 0, 1, 2 or 3.", got=options.zero_stage)
     if options.pp > 1:
         stage = options.zero_stage
         reason = (
-            f"ZeRO-{stage} and pipelines exclude each other" if stage >= 2 else "The deepspeed engine has no pipeline"
+            f"ZeRO-{stage} and pipelines exclude each other" if stage >= 2 else "the deepspeed engine has no pipeline"
         )
-        raise ConfigError(f"{reason}.", got=f"pp {options.pp}", fix="Set pp to 1, or take engine=megatron.")
+        raise ConfigError(
+            f"parallel.pp: {reason}.", got=f"pp {options.pp}", fix="Set parallel.pp to 1, or take engine=megatron."
+        )
     if options.cp > 1:
         raise ConfigError(
-            "The deepspeed engine has no context parallelism.", fix="Set cp to 1 or take engine=megatron."
+            "parallel.cp: the deepspeed engine has no context parallelism.",
+            fix="Set parallel.cp to 1 or take engine=megatron.",
         )
     if options.dtype == "bf16" and options.zero_stage == 0:
         raise ConfigError(
-            "ZeRO-0 in bf16 is refused: DeepSpeed 0.19.8 applies a phantom optimizer step there.",
-            fix="Set zero_stage to 1.",
+            "deepspeed.zero_stage: ZeRO-0 in bf16 is refused: DeepSpeed 0.19.8 applies a phantom optimizer step there.",
+            fix="Set deepspeed.zero_stage to 1.",
         )
     if options.offload != "none" and options.zero_stage == 0:
-        raise ConfigError("Offloading needs ZeRO.", fix="Set zero_stage to 1, 2 or 3, or offload to none.")
+        raise ConfigError(
+            "deepspeed.offload: needs ZeRO.", fix="Set deepspeed.zero_stage to 1, 2 or 3, or deepspeed.offload to none."
+        )
     if options.offload == "all" and options.zero_stage < 3:
-        raise ConfigError("Offloading of the weights needs ZeRO-3.", fix="Set zero_stage to 3 or offload to optimizer.")
+        raise ConfigError(
+            "deepspeed.offload: of the weights too, it needs ZeRO-3.",
+            fix="Set deepspeed.zero_stage to 3 or deepspeed.offload to optimizer.",
+        )
 
 
 def _check_megatron(options: EngineOptions) -> None:
     if options.offload != "none":
-        raise ConfigError("The megatron engine does not offload.", fix="Take engine=deepspeed or set offload to none.")
+        raise ConfigError(
+            "deepspeed.offload: the megatron engine does not offload.",
+            fix="Take engine=deepspeed or set deepspeed.offload to none.",
+        )
     if options.overlap_param_gather and not (options.distributed_optimizer and options.overlap_grad_reduce):
-        raise ConfigError("overlap_param_gather needs distributed_optimizer and overlap_grad_reduce.")
+        raise ConfigError(
+            "megatron.overlap_param_gather: needs megatron.distributed_optimizer and megatron.overlap_grad_reduce."
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 
@@ -17,21 +18,21 @@ REFUSED = {
     "zero2-pp": ("deepspeed", {"zero_stage": 2, "pp": 2}, "ZeRO-2 and pipelines exclude each other"),
     "zero3-pp": ("deepspeed", {"zero_stage": 3, "pp": 2}, "ZeRO-3 and pipelines exclude each other"),
     "zero1-pp": ("deepspeed", {"zero_stage": 1, "pp": 2}, "engine=megatron"),
-    "zero0-bf16": ("deepspeed", {"zero_stage": 0, "dtype": "bf16"}, "zero_stage to 1"),
+    "zero0-bf16": ("deepspeed", {"zero_stage": 0, "dtype": "bf16"}, "deepspeed.zero_stage to 1"),
     "zero4": ("deepspeed", {"zero_stage": 4}, "0, 1, 2 or 3"),
     "offload-zero0": ("deepspeed", {"zero_stage": 0, "offload": "optimizer"}, "needs ZeRO"),
-    "offload-all-zero2": ("deepspeed", {"zero_stage": 2, "offload": "all"}, "needs ZeRO-3"),
+    "offload-all-zero2": ("deepspeed", {"zero_stage": 2, "offload": "all"}, "it needs ZeRO-3"),
     "deepspeed-cp": ("deepspeed", {"cp": 2}, "context parallelism"),
     "megatron-offload": ("megatron", {"offload": "optimizer"}, "does not offload"),
-    "tp-groups": ("megatron", {"tp": 4}, "does not divide the 2 key/value groups"),
+    "tp-groups": ("megatron", {"tp": 4}, "parallel.tp: 4 does not divide the 2 key/value groups"),
     "world": ("megatron", {"tp": 2, "pp": 4}, "a multiple of 8 processes"),
     "sp-without-tp": ("megatron", {"sequence_parallel": True}, "needs tensor parallelism"),
-    "pp-layers": ("megatron", {"pp": 3}, "4 blocks do not split"),
+    "pp-layers": ("megatron", {"pp": 3}, "parallel.pp: 4 blocks do not split"),
     "vpp-layers": ("megatron", {"pp": 2, "vpp": 4}, "pp x vpp among"),
     "vpp-without-pp": ("megatron", {"vpp": 2}, "needs a pipeline"),
     "uneven": ("megatron", {"pp": 2, "first_stage_layers": 3, "last_stage_layers": 2}, "do not split over"),
     "uneven-vpp": ("megatron", {"pp": 2, "vpp": 2, "first_stage_layers": 3}, "need pp >= 2 and vpp = 1"),
-    "gather-without-reduce": ("megatron", {"overlap_param_gather": True}, "needs distributed_optimizer"),
+    "gather-without-reduce": ("megatron", {"overlap_param_gather": True}, "needs megatron.distributed_optimizer"),
     "betas": ("megatron", {"betas": (0.9, 1.0)}, "both betas"),
     "tp0": ("megatron", {"tp": 0}, "at least 1"),
 }
@@ -44,6 +45,7 @@ def test_refused(name):
     with pytest.raises(ConfigError) as error:
         check_options(kind, EngineOptions(**options), LLAMA, world_size=world)
     assert message in str(error.value)
+    assert re.match(r"(parallel|deepspeed|megatron|optimizer|train|sharing)[.:]", str(error.value)), "no key path"
     assert error.value.exit_code == 3
 
 
@@ -79,7 +81,7 @@ def test_gpt2_heads_are_its_groups():
     ],
 )
 def test_batches_that_do_not_split(options, batch, length, world, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=rf"^train\.(global_batch|sequence_length): .*{message}"):
         check_batch(EngineOptions(**options), global_batch=batch, sequence_length=length, world_size=world)
 
 
