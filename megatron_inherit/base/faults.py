@@ -1,8 +1,8 @@
 """Faults on demand: ``MI_FAULT="<point>:<rank>:<step>:<action>"`` makes a named point of a run fail, for its tests.
 
-Several faults are separated by commas; ``*`` stands for every rank or step. Actions: ``kill``, ``stop``, ``term`` and
-``int`` send this process that signal, ``raise`` raises RuntimeError, ``full`` raises the error of a full disk,
-``sleep=SECONDS`` sleeps. Without the variable a point costs one look-up.
+Several faults are separated by commas; ``*`` stands for every rank or step. Actions: ``kill``, ``stop``, ``term``,
+``usr1`` and ``int`` send this process that signal, ``raise`` raises RuntimeError, ``full`` raises the error of a full
+disk, ``sleep=SECONDS`` sleeps. Without the variable a point costs one look-up.
 """
 
 from __future__ import annotations
@@ -13,7 +13,13 @@ import signal
 import time
 
 VARIABLE = "MI_FAULT"
-_SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM, "int": signal.SIGINT}
+_SIGNALS = {
+    "kill": signal.SIGKILL,
+    "stop": signal.SIGSTOP,
+    "term": signal.SIGTERM,
+    "usr1": signal.SIGUSR1,
+    "int": signal.SIGINT,
+}
 
 
 def fault(point: str, step: int) -> None:

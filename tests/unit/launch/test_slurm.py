@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_inherit.base.errors import UsageError
-from megatron_inherit.launch.slurm import SlurmJob, render_sbatch
+from megatron_inherit.launch.slurm import SlurmJob, render_sbatch, submit
 
 SRUN = """#!/usr/bin/env bash
 while [ "${1#--}" != "$1" ]; do echo "$1" >>"$CALLS/srun"; shift; done
@@ -126,6 +126,18 @@ def test_the_container_wraps_the_command(tmp_path):
     assert '--container-image="$IMAGE"' in pyxis
     apptainer = render_sbatch(SlurmJob(recipe="r", output="/o", container="apptainer", image="i.sif"))
     assert 'apptainer exec --nv --bind "$MOUNTS" "$IMAGE"' in apptainer
+
+
+def test_what_sbatch_says_is_passed_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UsageError, match="no sbatch on this machine"):
+        submit(tmp_path / "job.sbatch")
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text('#!/bin/sh\n[ "$1" = --hold ] && echo "Submitted $2" || { echo "bad partition" >&2; exit 1; }\n')
+    sbatch.chmod(0o755)
+    assert submit(tmp_path / "job.sbatch", ["--hold"]) == f"Submitted {tmp_path / 'job.sbatch'}"
+    with pytest.raises(UsageError, match=r"sbatch refused .*job\.sbatch: bad partition"):
+        submit(tmp_path / "job.sbatch")
 
 
 @pytest.mark.parametrize("bad", [{"name": "a b"}, {"output": "$(rm x)"}, {"nodes": 0}, {"container": "pyxis"}])
