@@ -5,8 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import fcntl
+import glob
+import hashlib
 import json
 import os
+import platform
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -14,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_inherit.base.errors import DiskError, UsageError
+from megatron_inherit.base.log import get_logger
 from megatron_inherit.base.quantities import format_bytes
 
 TEMPORARY_MARK = ".tmp-"
+_log = get_logger(__name__)
 
 
 def fsync_path(path: Path) -> None:
@@ -65,23 +71,60 @@ def write_json(path: Path, value: Any) -> None:
 def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yields a temporary sibling folder that becomes ``path`` when the block ends without an exception.
 
+    What a killed process of this machine left of the same ``path`` is removed first.
+
     Raises:
         UsageError: ``path`` exists, is not an empty folder, and ``overwrite`` is false.
         DiskError: The folder cannot be written.
     """
     path = Path(path).absolute()
     refuse_existing(path, overwrite=overwrite)
-    temporary = path.with_name(f"{path.name}{TEMPORARY_MARK}{os.getpid()}-{uuid.uuid4().hex[:8]}")
+    _remove_leftovers(path)
+    temporary = path.with_name(f"{path.name}{TEMPORARY_MARK}{os.getpid()}-{_machine()}-{uuid.uuid4().hex[:8]}")
     try:
         temporary.mkdir(parents=True)
-        yield temporary
-        fsync_tree(temporary)
-        put_in_place(temporary, path)
+        with _locked(temporary):
+            yield temporary
+            fsync_tree(temporary)
+            put_in_place(temporary, path)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError):
             raise disk_error(error, path) from error
         raise
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Removes the temporary folders of ``path`` whose process on this machine holds no lock and is gone."""
+    for found in path.parent.glob(f"{glob.escape(path.name)}{TEMPORARY_MARK}*-{_machine()}-*"):
+        owner = found.name.rpartition(TEMPORARY_MARK)[2].partition("-")[0]
+        with _locked(found) as free:
+            if free and not Path("/proc", owner).exists():
+                _log.warning("%s was left by a process that was killed; it is removed.", found)
+                shutil.rmtree(found, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Locks a folder as long as the block or the process lives; yields whether it could."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        yield False
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = True
+    except OSError:
+        free = False
+    try:
+        yield free
+    finally:
+        os.close(descriptor)
+
+
+def _machine() -> str:
+    return hashlib.blake2b(platform.node().encode(), digest_size=3).hexdigest()
 
 
 def put_in_place(temporary: Path, path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_inherit.arch.tensors import tensor_table
+from megatron_inherit.base.atomic import new_folder
 from megatron_inherit.base.errors import CheckpointError, DiskError, UsageError
 from megatron_inherit.checkpoint import manifest
 from megatron_inherit.checkpoint.compare import compare
@@ -249,8 +250,25 @@ def test_kill_without_resume_keeps_the_old_student(teacher, tmp_path):
     words = ("inherit", teacher, tmp_path / "s", "--layers", "first:2", "--overwrite")
     assert cli(*words, MI_FAULT="transfer:*:9:kill").returncode == -signal.SIGKILL
     assert (tmp_path / "s" / "model.safetensors").read_bytes() == before
-    assert cli(*words).returncode == 0
+    (left,) = tmp_path.glob("s.tmp-*")
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "s", overwrite=True) as living:
+        assert not left.exists()
+        assert cli(*words).returncode == 0
+        assert living.is_dir()
+        raise KeyboardInterrupt
     assert (tmp_path / "s" / "model.safetensors").read_bytes() != before
+
+
+@pytest.mark.slow
+def test_what_a_killed_command_left_is_removed_with_a_word(teacher, tmp_path):
+    words = ("inherit", teacher, tmp_path / "s", "--layers", "first:1")
+    assert cli(*words, MI_FAULT="transfer:*:9:kill").returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert not (tmp_path / "s").exists()
+    done = cli(*words)
+    assert done.returncode == 0
+    assert f"{left.name} was left by a process that was killed" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
 def test_another_plan_does_not_continue_a_journal(teacher, tmp_path, monkeypatch):
