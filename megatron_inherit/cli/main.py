@@ -23,6 +23,8 @@ COMMANDS = {
     "verify": "Compare two checkpoints tensor by tensor.",
     "data": "Ingest, tokenize, subset and inspect training text.",
     "train": "Pretrain from a recipe.",
+    "grow": "Grow a student until it matches its teacher.",
+    "study": "Run the arms of a study and compare them.",
     "share": "Stages of shared weights: plan, distil, extract, expand.",
     "generate": "Continue a prompt.",
     "evaluate": "Score a checkpoint on tasks.",

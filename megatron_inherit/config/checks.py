@@ -33,7 +33,7 @@ def check_length(config: RunConfig) -> None:
     if (train.steps is None) == (train.budget is None):
         raise ConfigError(
             "train: exactly one of train.steps and train.budget must be given.",
-            got="both" if train.steps else "neither",
+            got="neither" if train.steps is None else "both",
             fix="On the command line the other one can be set to null.",
         )
     tokens = train.global_batch * train.sequence_length

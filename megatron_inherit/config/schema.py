@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from megatron_inherit.config.grow import GrowSection
 from megatron_inherit.config.section import (
     Count,
     Logger,
@@ -46,12 +47,15 @@ class ModelSection(Section):
         preset: Name of ``arch.presets``, instead of ``path``.
         shape: Fields of ModelConfig that replace the preset's.
         init: ``weights`` takes the folder's, ``random`` draws new ones in its shape.
+        residual: False trains the blocks without residual connections, an ablation that can only be trained and
+            scored here: nothing exports it.
     """
 
     path: Text | None = None
     preset: Text | None = None
     shape: dict[str, int | float | bool] = Field(default_factory=dict)
     init: Literal["weights", "random"] = "weights"
+    residual: bool = True
 
 
 class DataSection(Section):
@@ -95,7 +99,7 @@ class TrainSection(Section):
     """How much is trained, and in what pieces.
 
     Attributes:
-        steps: Optimizer steps; or
+        steps: Optimizer steps, 0 to score the model it starts from and no more; or
         budget: tokens to see, ``50B`` for instance, repetitions included.
         global_batch: Sequences of a step, over all replicas.
         micro_batch: Sequences of one forward pass on one replica.
@@ -107,7 +111,7 @@ class TrainSection(Section):
         stop_after: Steps of one session after which it saves and ends with code 75, for quotas and tests.
     """
 
-    steps: Positive | None = None
+    steps: Count | None = None
     budget: Positive | None = None
     global_batch: Positive
     micro_batch: Positive = 1
@@ -296,6 +300,7 @@ class RunConfig(Section):
     guard: GuardSection = GuardSection()
     sharing: SharingSection = SharingSection()
     distill: DistillSection = DistillSection()
+    grow: GrowSection = GrowSection()
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:

@@ -60,6 +60,11 @@ def locked(folder: Path) -> Iterator[RunLock]:
         lock.release()
 
 
+def is_held(folder: Path) -> bool:
+    """Tells whether a job that seems to live writes into a run's folder."""
+    return RunLock(folder).is_held()
+
+
 class RunLock:
     """A file that names the host and the process that write into a folder.
 
@@ -101,6 +106,11 @@ class RunLock:
             json.dump(self._mine, file)
             file.flush()
             os.fsync(file.fileno())
+
+    def is_held(self) -> bool:
+        """Tells whether a holder seems to live; nothing is changed."""
+        holder = _parse(self.path.read_text()) if self.path.exists() else {}
+        return bool(holder) and self._lives(holder)
 
     def touch(self) -> None:
         """Shows a sign of life to other hosts."""
