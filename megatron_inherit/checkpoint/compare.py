@@ -50,19 +50,26 @@ class Difference:
         return f"{self.tensor}: {self.what} {self.left} and {self.right}"
 
 
-def compare(left: Source, right: Source, *, threads: int = 4) -> list[Difference]:
+def compare(
+    left: Source, right: Source, *, sources: Mapping[str, str] | None = None, threads: int = 4
+) -> list[Difference]:
     """Compares all weights; the first difference of each tensor is given, in the order of the model.
 
     A tied head is compared with a stored one: a model is the same whether the copy is in the file or not.
 
     Args:
-        left: One checkpoint.
+        left: One checkpoint, the teacher where the other is its student.
         right: The other.
+        sources: The teacher's tensor for each of the student's that shall be compared, after a cast where the types
+            differ; default: all tensors of both, each with that of its own name and type.
         threads: Tensors compared at once.
     """
-    names = list(dict.fromkeys([*left.tensors, *right.tensors]))
+    if sources is None:
+        pairs = [(name, name) for name in dict.fromkeys([*left.tensors, *right.tensors])]
+    else:
+        pairs = [(origin, name) for name, origin in sources.items()]
     with ThreadPoolExecutor(threads) as pool:
-        results = pool.map(lambda name: _compare_tensor(left, right, name), names)
+        results = pool.map(lambda pair: _compare_tensor(left, right, *pair, casts=sources is not None), pairs)
         return [found for found in results if found is not None]
 
 
@@ -89,24 +96,24 @@ def compare_manifest(source: Source, hashes: Mapping[str, TensorHash]) -> list[D
     return differences
 
 
-def _compare_tensor(left: Source, right: Source, name: str) -> Difference | None:
-    ours, theirs = left.tensors.get(_actual(left, name)), right.tensors.get(_actual(right, name))
+def _compare_tensor(left: Source, right: Source, origin: str, name: str, *, casts: bool) -> Difference | None:
+    ours, theirs = left.tensors.get(_actual(left, origin)), right.tensors.get(_actual(right, name))
     if ours is None or theirs is None:
         return Difference(name, "missing", _state(ours), _state(theirs))
     if ours.shape != theirs.shape:
         return Difference(name, "shape", str(list(ours.shape)), str(list(theirs.shape)))
-    if ours.dtype != theirs.dtype:
+    if ours.dtype != theirs.dtype and not casts:
         return Difference(name, "dtype", ours.dtype, theirs.dtype)
     first: tuple[Shape, str, str] | None = None
     count, largest = 0, 0.0
     for start, shape in row_tiles(ours, theirs):
-        mine = row_major(read_box(left.pool, ours, start, shape))
+        mine = row_major(cast(read_box(left.pool, ours, start, shape), ours.dtype, theirs.dtype))
         other = row_major(read_box(right.pool, theirs, start, shape))
-        bits = np.dtype(f"u{CARRIERS[ours.dtype].itemsize}")
+        bits = np.dtype(f"u{CARRIERS[theirs.dtype].itemsize}")
         differing = mine.view(bits) != other.view(bits)
         if not differing.any():
             continue
-        a, b = (cast(values[differing], ours.dtype, "F64") for values in (mine, other))
+        a, b = (cast(values[differing], theirs.dtype, "F64") for values in (mine, other))
         if first is None:
             where = np.unravel_index(int(differing.argmax()), differing.shape)
             index = tuple(int(at) + low for at, low in zip(where, start, strict=True))

@@ -44,6 +44,62 @@ def test_equal_is_exit_0_across_layouts(tmp_path, capsys):
         assert hash_source(one) == hash_source(three)
 
 
+class TestStudents:
+    """A student is compared with the blocks that it was made of."""
+
+    @pytest.fixture
+    def teacher(self, tmp_path):
+        return write_checkpoint(tmp_path / "teacher", llama(), random_arrays(llama()), "hf")
+
+    def student(self, teacher, *words):
+        path = teacher.parent / "student"
+        assert main(["inherit", str(teacher), str(path), "--layers", "3,0,0", *words]) == 0
+        return path
+
+    def test_by_the_record_in_its_folder(self, teacher, tmp_path, capsys):
+        student = self.student(teacher, "--dtype", "bf16", "--reset", "final_norm")
+        assert main(["convert", str(teacher), str(tmp_path / "ranks"), "--format", "megatron", "--tp", "2"]) == 0
+        for first in (teacher, tmp_path / "ranks"):
+            capsys.readouterr()
+            assert main(["verify", str(first), str(student)]) == 0
+            told = capsys.readouterr().out
+            assert "by its inherit.json: its blocks are 3, 0, 0 of" in told
+            assert "not compared, as they are not copies: final_norm.weight" in told
+            assert "29 of 29 tensors are equal" in told
+
+    def test_a_changed_element_is_named(self, teacher, capsys):
+        student = self.student(teacher)
+        with open_source(student) as source:
+            (piece,) = source.tensors["layers.1.attn.o.weight"].pieces
+        with open(piece.extent.file, "r+b") as file:
+            file.seek(piece.extent.offset + 4 * 33)
+            file.write(np.float32(7).tobytes())
+        assert main(["verify", str(teacher), str(student)]) == 1
+        told = capsys.readouterr().out
+        assert "layers.1.attn.o.weight[1, 1]: " in told
+        assert "and 7;" in told
+
+    def test_by_a_list_of_layers(self, teacher, capsys):
+        student = self.student(teacher)
+        (student / "inherit.json").unlink()
+        assert main(["verify", str(teacher), str(student)]) == 1
+        assert main(["verify", str(teacher), str(student), "--layers", "3,0,1"]) == 1
+        assert main(["verify", str(teacher), str(student), "--layers", "3,0,0"]) == 0
+        assert "by --layers" in capsys.readouterr().out
+        assert main(["verify", str(teacher), str(student), "--layers", "3,0"]) == 5
+
+    def test_two_students_and_a_converted_teacher_are_compared_whole(self, teacher, tmp_path, capsys):
+        student = self.student(teacher)
+        for name, layers in (("same", "3,0,0"), ("other", "3,0,1")):
+            assert main(["inherit", str(teacher), str(tmp_path / name), "--layers", layers]) == 0
+        assert main(["convert", str(teacher), str(tmp_path / "again")]) == 0
+        capsys.readouterr()
+        assert main(["verify", str(student), str(tmp_path / "same")]) == 0
+        assert main(["verify", str(student), str(tmp_path / "other")]) == 1
+        assert main(["verify", str(teacher), str(tmp_path / "again")]) == 0
+        assert "is a student" not in capsys.readouterr().out
+
+
 def test_shapes_types_and_absence(tmp_path):
     write_checkpoint(tmp_path / "a", llama(), random_arrays(llama()), "hf")
     shorter, wider = llama(num_layers=3), llama(vocab_size=131)

@@ -1,5 +1,6 @@
 """Damaged and hostile Hugging Face folders: one clear message, exit code 5, nothing written, quickly."""
 
+import dataclasses
 import json
 import struct
 import subprocess
@@ -7,8 +8,12 @@ import sys
 
 import pytest
 
+from megatron_inherit.arch.presets import PRESETS
+from megatron_inherit.arch.tensors import enumerate_tensors
 from megatron_inherit.base.errors import CheckpointError
-from megatron_inherit.checkpoint.detect import open_source
+from megatron_inherit.checkpoint.detect import format_module, open_source
+from megatron_inherit.checkpoint.formats.safetensors_file import MAX_HEADER
+from megatron_inherit.checkpoint.stream import SinkOptions
 from megatron_inherit.cli.main import main
 from tests.support.checkpoints import llama, random_arrays, write_checkpoint
 
@@ -83,6 +88,15 @@ def test_header_too_large(folder, tmp_path, capsys, length):
     path = folder / "model.safetensors"
     path.write_bytes(struct.pack("<Q", length) + path.read_bytes()[8:])
     refuse(folder, tmp_path, capsys, "header is too large")
+
+
+def test_the_largest_llama_in_one_file_is_far_from_the_limit():
+    config = dataclasses.replace(PRESETS["llama-2-70b"], num_layers=126)
+    names = [spec.name for spec in enumerate_tensors(config)]
+    sink = format_module("hf").make_sink(config, dict.fromkeys(names, "BF16"), SinkOptions(max_shard_bytes=1 << 60))
+    assert len(sink.sizes) == 1
+    assert len(names) == 126 * 9 + 3
+    assert sink.total_bytes - sum(stored.nbytes for stored in sink.tensors.values()) < MAX_HEADER / 50
 
 
 def test_header_longer_than_the_file(folder, tmp_path, capsys):
