@@ -70,10 +70,13 @@ class ProgressMeter:
         tokens = f", {format_count(self._tokens / seconds)} tokens/s" if self._tokens else ""
         return f"{self._documents} documents, {done}, {rate}{tokens}"
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
-        _log.info("%s: %s", self._name, self._text(time.monotonic()))
+        if kind is KeyboardInterrupt:
+            _log.warning("%s: interrupted; the same command goes on where it was", self._name)
+        if self._documents:
+            _log.info("%s: %s", self._name, self._text(time.monotonic()))
 
 
 def summary_lines(summary: Summary) -> Iterator[str]:

@@ -62,7 +62,7 @@ def make_subset(
     weights = parse_weights(options.weights, available)
     budgets = None if options.tokens is None else divide(options.tokens, weights)
     unique = _unique_budgets(budgets, weights, options)
-    with swept_folder(out, overwrite=overwrite) as folder:
+    with swept_folder(out, "subset", overwrite=overwrite) as folder:
         drawing = _Drawing(corpus, folder, options, unique)
         drawing.run()
         splits = {role: drawing.write_split(role, weights, budgets if role == "train" else None) for role in ROLES}
@@ -143,8 +143,7 @@ class _Drawing:
             order = np.argsort(number, kind="stable")
             bounds = np.searchsorted(number[order], np.arange(len(buckets) + 1))
             for bucket in np.flatnonzero(np.diff(bounds)).tolist():
-                with buckets[bucket].open("ab") as file:
-                    records[order[bounds[bucket] : bounds[bucket + 1]]].tofile(file)
+                _append_to(buckets[bucket], records[order[bounds[bucket] : bounds[bucket + 1]]])
 
     def _candidates(self) -> Iterator[np.ndarray]:
         """Yields the documents that may be drawn or are held out, in corpus order."""
@@ -188,8 +187,7 @@ class _Drawing:
         if budget is not None and ends[-1] > budget:
             spans["tokens"][-1] -= ends[-1] - budget
         self.tokens[role, domain] += int(spans["tokens"].sum())
-        with self._spans_path(role, domain).open("ab") as file:
-            spans.tofile(file)
+        _append_to(self._spans_path(role, domain), spans)
 
     def _spans_path(self, role: int, domain: int) -> Path:
         return self.folder / f"spans-{role}-{domain}"
@@ -254,6 +252,11 @@ class _Drawing:
         if self.options.on_short == "take-all":
             return min(budgets[name], int(unique * self.options.epochs.get(name, 1)))
         return budgets[name]
+
+
+def _append_to(path: Path, records: np.ndarray) -> None:
+    with path.open("ab") as file:
+        file.write(records.view("u1").data)  # ndarray.tofile does not say why a disk refuses
 
 
 def _read_spans(path: Path) -> Iterator[np.ndarray]:

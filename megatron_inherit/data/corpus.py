@@ -14,7 +14,7 @@ import xxhash
 from megatron_inherit.base.errors import DataError
 from megatron_inherit.data.indexed import IndexedFile, bin_path, idx_path, map_array, strip_suffix
 from megatron_inherit.data.manifests import MANIFEST, FileRecord, ShardRecord, TokenizerRecord, TokensManifest
-from megatron_inherit.data.opening import check_files, check_shards
+from megatron_inherit.data.opening import check_files, check_shards, require_kind
 from megatron_inherit.data.tokenize import DOCUMENT_DTYPE
 
 DocumentColumns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
@@ -103,9 +103,8 @@ def open_corpus(sources: Sequence[str]) -> Corpus:
     for source in sources:
         name, mark, path = source.partition("=")
         name, path = (name, path) if mark and "/" not in name else ("", source)
-        manifest = Path(path) / MANIFEST
-        if manifest.is_file():
-            tokens = TokensManifest.load(manifest)
+        if require_kind(Path(path), "tokens"):
+            tokens = TokensManifest.load(Path(path) / MANIFEST)
             check_shards(Path(path), tokens.shards, None, "quick")
             docs = {Path(path) / f"{s.name}.docs": s.files["docs"] for s in tokens.shards if "docs" in s.files}
             check_files(Path(path), docs, "quick")

@@ -72,6 +72,9 @@ class IndexedFile:
     def __init__(self, path: str | Path) -> None:
         self.prefix = strip_suffix(path)
         self.bin, self.idx = bin_path(self.prefix), idx_path(self.prefix)
+        if self.prefix.is_dir() and not self.idx.is_file():
+            fix = "Let the job that writes it finish, or give the common prefix of a .bin and an .idx file."
+            raise DataError(f"{self.prefix} is a folder without a manifest.", fix=fix)
         for file in (self.idx, self.bin):
             if not file.is_file():
                 raise DataError(f"{file} does not exist.", fix="Give the common prefix of a .bin and an .idx file.")

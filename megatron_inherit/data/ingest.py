@@ -120,6 +120,7 @@ def ingest(
     plan = IngestPlan(options=options, tasks=tuple(_group(files, options.shard_bytes)))
     with job_folder(out, plan):
         if (out / MANIFEST).is_file():
+            _log.info("%s is finished already", out)
             return DocumentsManifest.load(out / MANIFEST)
         tasks = [_Task(number, group, options, out) for number, group in enumerate(plan.tasks)]
         found = {task: TaskRecord.load(_record_path(task)) for task in tasks if _record_path(task).is_file()}
@@ -226,11 +227,13 @@ def _check_rejects(records: list[TaskRecord], options: IngestOptions, out: Path)
 def _refuse(rejects: Counter[str], seen: int, options: IngestOptions, out: Path, samples: list[dict[str, str]]) -> None:
     _write_rejects(out, samples)
     reasons = ", ".join(f"{count} {reason}" for reason, count in rejects.most_common())
+    field = f"Name the field of the text with --text-field (now {options.text_field!r}). "
     first = f" The first: {samples[0]['file']}, {samples[0]['place']}." if samples else ""
     raise DataError(
         f"Too many bad records: {rejects.total()} of {seen} ({reasons}).{first}",
         expected=f"a share of at most {options.max_reject_share:g}",
-        fix=f"Look at {out / REJECTS}; repair the source, or allow more with --max-reject-share.",
+        fix=f"Look at {out / REJECTS}. {field if 'no text field' in rejects else ''}Repair the source, or allow more "
+        "with --max-reject-share.",
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from megatron_inherit.base.errors import DataError
 from megatron_inherit.data.corpus import open_corpus
 from megatron_inherit.data.ingest import DocumentsManifest, open_documents
 from megatron_inherit.data.loader import LoaderOptions, open_loader
-from megatron_inherit.data.manifests import MANIFEST, ManifestModel, SubsetManifest, TokenizerRecord
+from megatron_inherit.data.manifests import MANIFEST, ManifestModel, SubsetManifest, TokenizerRecord, kind_of
 from megatron_inherit.data.opening import open_stream
 from megatron_inherit.data.tokenizer import Tokenizer, open_tokenizer
 
@@ -75,20 +74,12 @@ def inspect_data(path: str | Path, *, split: str = "train", duplicates: bool = T
         DataError: The path holds none of these, or is damaged.
     """
     path = Path(path)
-    manifest = path / MANIFEST
-    kind = _kind(manifest) if manifest.is_file() else "prefix"
+    kind = kind_of(path) or "prefix"
     if kind == "documents":
         return _documents(open_documents(path))
     if kind == "subset":
-        return _subset(path, SubsetManifest.load(manifest), split)
+        return _subset(path, SubsetManifest.load(path / MANIFEST), split)
     return _tokens(path, kind, duplicates)
-
-
-def _kind(manifest: Path) -> str:
-    try:
-        return str(json.loads(manifest.read_bytes())["kind"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{manifest} is damaged: it names no kind.") from error
 
 
 def _documents(manifest: DocumentsManifest) -> Summary:

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_inherit.base.atomic import TEMPORARY_MARK, refuse_existing
-from megatron_inherit.base.errors import DataError
+from megatron_inherit.base.atomic import TEMPORARY_MARK
+from megatron_inherit.base.errors import DataError, UsageError
 from megatron_inherit.data.leftovers import LOCK, lock, refuse_second_writer
 from megatron_inherit.data.manifests import ManifestModel
 
@@ -23,8 +23,8 @@ def job_folder(out: Path, plan: ManifestModel) -> Iterator[None]:
         DataError: The folder's plan is another: sources or options changed.
         UsageError: The folder holds other things, or another job is writing there.
     """
-    if not (out / _PLAN).is_file() and any(_is_foreign(path) for path in out.glob("*")):
-        refuse_existing(out)
+    if out.is_file() or (not (out / _PLAN).is_file() and any(_is_foreign(path) for path in out.glob("*"))):
+        raise UsageError(f"{out} exists already and holds other things.", fix="Choose another output folder.")
     out.mkdir(parents=True, exist_ok=True)
     with (out / LOCK).open("a") as file:
         if not lock(file):
@@ -43,7 +43,13 @@ def _agree(path: Path, plan: ManifestModel) -> None:
     if not path.is_file():
         plan.save(path)
         return
-    before = type(plan).load(path)
+    try:
+        before = type(plan).load(path)
+    except DataError as error:
+        fix = "Choose another output folder."
+        raise DataError(
+            f"{path.parent} was begun by a job of another kind, or its plan is damaged.", fix=fix
+        ) from error
     if before != plan:
         raise DataError(
             f"{path.parent} was begun with other sources or options: {_difference(before, plan)}.",

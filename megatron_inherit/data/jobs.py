@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -45,7 +47,21 @@ def start_server(*modules: str) -> None:
     """
     context = multiprocessing.get_context("forkserver")  # imports once for all workers, and forks no threads
     context.set_forkserver_preload(["__main__", *modules])
-    forkserver.ensure_running()
+    with _deaf_to_interrupts():
+        forkserver.ensure_running()
+
+
+@contextlib.contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """Lets processes that are started here ignore Ctrl-C, which reaches the whole group: their parent ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def run_tasks(
@@ -116,6 +132,7 @@ def _drain(queue: Any, on_progress: Report | None) -> None:
 def _start_worker(queue: Any) -> None:
     global _report  # noqa: PLW0603
     _report = queue.put
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 

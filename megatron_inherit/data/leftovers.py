@@ -13,6 +13,7 @@ from typing import IO, Any
 from megatron_inherit.base.atomic import TEMPORARY_MARK, new_folder
 from megatron_inherit.base.errors import UsageError
 from megatron_inherit.base.log import get_logger
+from megatron_inherit.data.manifests import kind_of
 
 LOCK = ".lock"
 _log = get_logger(__name__)
@@ -33,14 +34,23 @@ def refuse_second_writer(out: Path) -> UsageError:
 
 
 @contextlib.contextmanager
-def swept_folder(out: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def swept_folder(out: Path, kind: str, *, overwrite: bool = False) -> Iterator[Path]:
     """As :func:`megatron_inherit.base.atomic.new_folder`, once what killed jobs left of ``out`` is removed.
 
+    Args:
+        out: The folder.
+        kind: Of its manifest; only a folder of this kind is overwritten.
+        overwrite: Replaces it.
+
     Raises:
-        UsageError: Another job is writing to ``out``, or it exists.
+        UsageError: Another job is writing to ``out``, it exists, or holds another thing.
         DiskError: The folder cannot be written.
     """
     sweep(out.absolute())
+    if overwrite and out.exists() and (out.is_file() or any(out.iterdir())) and kind_of(out) != kind:
+        raise UsageError(
+            f"{out} holds something else than a {kind}.", fix="Choose another output, or remove it yourself."
+        )
     with contextlib.ExitStack() as until_renamed, new_folder(out, overwrite=overwrite) as folder:
         lock(until_renamed.enter_context((folder / LOCK).open("a")))
         yield folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -41,6 +42,21 @@ class ManifestModel(BaseModel):
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"]))
             raise DataError(f"{path} is damaged or of another kind: {where}: {first['msg']}.") from error
+
+
+def kind_of(folder: Path) -> str | None:
+    """Tells what a folder holds: ``documents``, ``tokens`` or ``subset``; None if it has no manifest.
+
+    Raises:
+        DataError: The manifest is damaged.
+    """
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return None
+    try:
+        return str(json.loads(manifest.read_bytes())["kind"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{manifest} is damaged: it names no kind.") from error
 
 
 class FileRecord(ManifestModel):

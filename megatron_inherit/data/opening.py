@@ -25,6 +25,7 @@ from megatron_inherit.data.manifests import (
     SubsetManifest,
     TokenizerRecord,
     TokensManifest,
+    kind_of,
 )
 from megatron_inherit.data.spans import ShardFile, Source, Spans
 
@@ -64,24 +65,30 @@ def open_stream(path: str | Path, split: str, *, vocab_size: int | None = None, 
         DataError: Something is missing, damaged, changed or beyond the vocabulary; names file and offset.
     """
     path = Path(path)
-    manifest = path / MANIFEST
-    if not manifest.is_file():
+    kind = require_kind(path, "tokens", "subset")
+    if kind is None:
         _only_all(path, split)
         return _open_prefix(path, None if verify == "none" else vocab_size)
-    if _kind(manifest) == "subset":
+    if kind == "subset":
         return _open_subset(path, split, vocab_size, verify)
     _only_all(path, split)
     return _open_tokens(path, vocab_size, verify)
 
 
-def _kind(manifest: Path) -> str:
-    try:
-        kind = json.loads(manifest.read_bytes())["kind"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{manifest} is damaged: it names no kind.") from error
-    if kind not in ("subset", "tokens"):
-        raise DataError(f"{manifest} describes {kind}, not tokens.", fix="Run `minherit data tokenize` on it first.")
-    return kind
+def require_kind(path: Path, *wanted: str) -> str | None:
+    """Tells what a folder holds, None for a prefix or another folder.
+
+    Raises:
+        DataError: The folder holds none of the kinds that are wanted.
+    """
+    kind = kind_of(path)
+    if kind in (None, *wanted):
+        return kind
+    fixes = {
+        "documents": "Run `minherit data tokenize` on it first.",
+        "subset": "Name the folders of tokens that it was drawn from.",
+    }
+    raise DataError(f"{path / MANIFEST} describes {kind}, not {' or '.join(wanted)}.", fix=fixes.get(str(kind), ""))
 
 
 def _only_all(path: Path, split: str) -> None:
@@ -95,7 +102,11 @@ def _only_all(path: Path, split: str) -> None:
 def _open_subset(folder: Path, split: str, vocab_size: int | None, verify: Verify) -> Stream:
     manifest = SubsetManifest.load(folder / MANIFEST)
     if split not in manifest.splits:
-        raise DataError(f"{folder} has no split {split!r}.", expected=f"one of {', '.join(manifest.splits)}")
+        raise DataError(
+            f"{folder} has no split {split!r}.",
+            expected=f"one of {', '.join(manifest.splits)}",
+            fix="Draw the subset again with a larger --valid or --test share." if split in ("valid", "test") else "",
+        )
     record = manifest.splits[split]
     index = {folder / f"{split}.{suffix}": file for suffix, file in record.files.items()}
     check_files(folder, index, verify)

@@ -102,6 +102,7 @@ def tokenize(
     record = describe(open_tokenizer(options.tokenizer, eos=options.eos, bos=options.bos), options)
     with job_folder(out, TokenizePlan(source=_fingerprint(documents), tokenizer=record)):
         if (out / MANIFEST).is_file():
+            _log.info("%s is finished already", out)
             return TokensManifest.load(out / MANIFEST)
         tasks = [_Task(shard, source, out, options, record.fingerprint) for shard in documents.shards]
         missing = [task for task in tasks if not _record_path(task).is_file()]

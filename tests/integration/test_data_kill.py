@@ -186,18 +186,26 @@ def test_what_a_killed_run_left_is_said_and_a_living_one_is_spared(
 
 
 @pytest.mark.slow
-def test_a_killed_parallel_job_leaves_no_process_and_goes_on(source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_parallel_job_leaves_no_process_and_goes_on(source: Path, tmp_path: Path, how: signal.Signals) -> None:
     write_jsonl(tmp_path / "big" / "c4.jsonl", make_texts(60_000, seed=5))
     ingest([str(tmp_path / "big")], tmp_path / "text", IngestOptions(layout="redpajama", shard_bytes=500_000))
     tokenize(tmp_path / "text", tmp_path / "reference", TokenizeOptions(tokenizer="bytes"))
     words = ["data", "tokenize", str(tmp_path / "text"), str(tmp_path / "out"), "-t", "bytes", "--workers", "2"]
     command = [sys.executable, "-m", "megatron_inherit", *words]
-    job = subprocess.Popen(command, stderr=subprocess.DEVNULL, start_new_session=True)
+    job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "out").glob("c4/*.json")) and job.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
-    job.kill()
-    job.wait()
+    if how == signal.SIGINT:  # Ctrl-C reaches the whole group
+        os.killpg(job.pid, how)
+    else:
+        job.kill()
+    _, shown = job.communicate(timeout=60)
+    if how == signal.SIGINT:
+        assert job.returncode == 130
+        assert "interrupted; the same command goes on where it was" in shown
+        assert "Traceback" not in shown
     while _group_is_alive(job.pid) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not _group_is_alive(job.pid), "workers end with their parent"
