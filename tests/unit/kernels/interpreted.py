@@ -307,9 +307,9 @@ def test_linear_cross_entropy_of_drawn_shapes(rows, width, vocab, extra, dtype, 
 def check_kl(rows, vocab_size, dtype, *, kind, temperature, alpha, per_token=False) -> None:
     labels = labels_of(rows, vocab_size, "some")
     inputs = {
-        "hidden": tensor(rows, 12, seed=13, dtype=dtype),
+        "hidden": spread(tensor(rows, 12, seed=13, dtype=dtype)),
         "weight": tensor(vocab_size + 3, 12, seed=14, dtype=dtype, scale=0.4),
-        "_teacher_hidden": tensor(rows, 20, seed=15, dtype=dtype),
+        "_teacher_hidden": spread(tensor(rows, 20, seed=15, dtype=dtype)),
         "_teacher_weight": tensor(vocab_size + 3, 20, seed=16, dtype=dtype, scale=0.4),
     }
     options = head_options(labels >= 0, vocab_size, per_token)
@@ -341,22 +341,28 @@ def test_linear_kl(kind, temperature, alpha, dtype):
 
 @SETTINGS
 @given(
-    rows=st.integers(1, 7), vocab=st.integers(2, 150), kind=st.sampled_from(kl_truth.KINDS),
+    rows=st.integers(0, 7), vocab=st.integers(2, 150), kind=st.sampled_from(kl_truth.KINDS),
     temperature=st.sampled_from([0.7, 1.0, 4.0]), alpha=st.sampled_from([0.0, 0.5, 1.0]),
+    dtype=st.sampled_from(DTYPES),
 )  # fmt: skip
-def test_linear_kl_of_drawn_shapes(rows, vocab, kind, temperature, alpha):
-    check_kl(rows, vocab, torch.float32, kind=kind, temperature=temperature, alpha=alpha)
+def test_linear_kl_of_drawn_shapes(rows, vocab, kind, temperature, alpha, dtype):
+    check_kl(rows, vocab, dtype, kind=kind, temperature=temperature, alpha=alpha)
+
+
+@pytest.mark.parametrize(("kind", "alpha"), [("forward", 1.0), ("jsd", 0.5)])
+def test_linear_kl_of_no_rows(kind, alpha):
+    check_kl(0, 20, torch.float32, kind=kind, temperature=1.0, alpha=alpha)
 
 
 @dtypes
-@pytest.mark.parametrize(("vocab_size", "k"), [(130, 5), (9, 9)])
-def test_linear_topk_kl(vocab_size, k, dtype):
-    rows, temperature = 6, 2.0
+@pytest.mark.parametrize(("rows", "vocab_size", "k"), [(6, 130, 5), (6, 9, 9), (0, 20, 3)])
+def test_linear_topk_kl(rows, vocab_size, k, dtype):
+    temperature = 2.0
     teacher = (tensor(rows, vocab_size, seed=17, dtype=torch.float64, scale=2.0) / temperature).log_softmax(-1)
     values, ids = teacher.topk(k)
     ghost = torch.log1p(-values.exp().sum(-1)) if k < vocab_size else torch.full((rows,), -torch.inf)
     inputs = {
-        "hidden": tensor(rows, 12, seed=18, dtype=dtype),
+        "hidden": spread(tensor(rows, 12, seed=18, dtype=dtype)),
         "weight": tensor(vocab_size + 2, 12, seed=19, dtype=dtype, scale=0.4),
     }
     options = head_options(torch.arange(rows) != 2, vocab_size, False)

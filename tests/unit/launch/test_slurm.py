@@ -121,11 +121,20 @@ def test_every_form_is_clean_under_shellcheck(tmp_path, container):
     assert done.returncode == 0, done.stdout
 
 
-def test_the_container_wraps_the_command(tmp_path):
-    pyxis = render_sbatch(SlurmJob(recipe="r", output="/o", container="pyxis", image="base.sqsh", mounts=("/d:/d",)))
-    assert '--container-image="$IMAGE"' in pyxis
-    apptainer = render_sbatch(SlurmJob(recipe="r", output="/o", container="apptainer", image="i.sif"))
-    assert 'apptainer exec --nv --bind "$MOUNTS" "$IMAGE"' in apptainer
+def test_pyxis_gets_image_and_mounts_as_options_of_srun(site):
+    assert site.start("0", container="pyxis", image="base.sqsh", mounts=("/d:/d", "/e:/e")).wait(20) == 0
+    options = (site.calls / "srun").read_text().splitlines()
+    assert {"--container-image=base.sqsh", "--container-mounts=/d:/d,/e:/e"} <= set(options)
+    assert (site.calls / "argv").exists()
+
+
+def test_apptainer_wraps_the_command(site):
+    fake = site.bin / "apptainer"
+    fake.write_text('#!/usr/bin/env bash\necho "${@:1:5}" >>"$CALLS/apptainer"\nshift 5\nexec "$@"\n')
+    fake.chmod(0o755)
+    assert site.start("75", container="apptainer", image="i.sif", mounts=("/d:/d",)).wait(20) == 0
+    assert (site.calls / "apptainer").read_text() == "exec --nv --bind /d:/d i.sif\n"
+    assert site.requeues() == ["requeue 41"]
 
 
 def test_what_sbatch_says_is_passed_on(tmp_path, monkeypatch):
