@@ -80,7 +80,9 @@ class RemoteFiles:
 
     def _fill(self, url: str, offset: int, part: memoryview) -> None:
         def fetch(system: Any) -> bytes:
-            data = system.cat_file(url, start=offset, end=offset + len(part))
+            # systems without ranges of their own read through a file object, which would read ahead
+            plain = {} if system.async_impl else {"cache_type": "none"}
+            data = system.cat_file(url, start=offset, end=offset + len(part), **plain)
             if len(data) > len(part):
                 raise CheckpointError(
                     f"{url}: the server does not serve ranges.", fix="Download the folder and give its path."

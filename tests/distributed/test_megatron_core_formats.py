@@ -20,24 +20,27 @@ from tests.unit.checkpoint.formats.test_torch_dist import sources_of
 pytestmark = pytest.mark.timeout(1800)
 CONFIGS = {
     "llama": llama(num_heads=8, num_kv_heads=2, head_dim=4),
+    "mistral": llama(family="mistral", num_kv_heads=4, sliding_window=32),
+    "qwen2": llama(family="qwen2", qkv_bias=True),
     "qwen3": llama(family="qwen3", qk_norm=True, head_dim=8, tied=True),
     "gpt2": gpt2(),
 }
 TOKENS = torch.randint(0, 130, (2, 16), generator=torch.Generator().manual_seed(1)).tolist()
-LOADS = [("llama", "homogeneous", 1), ("llama", "homogeneous", 2), ("llama", "global", 2), ("qwen3", "homogeneous", 2)]
-LOADS += [("gpt2", "global", 1), ("gpt2", "homogeneous", 2), ("llama", "linked", 2)]
+LOADS = [("llama", "homogeneous", 2, 2), ("llama", "global", 2, 2), ("llama", "linked", 2, 2)]
+LOADS += [("qwen3", "homogeneous", 2, 2), ("gpt2", "homogeneous", 2, 2), ("gpt2", "global", 1, 1)]
+LOADS += [(family, "homogeneous", tp, 1) for family in CONFIGS for tp in (1, 2)]
 LINKED = (3, 0)  # the student's layers; its checkpoint is links to the homogeneous one
 SAVES = [("llama", "homogeneous"), ("llama", "global")]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Loads every case in one world of four processes: TP1 (four replicas) and TP2 x PP2; saves some."""
+    """Loads every case in one world of four processes: TP1 and TP2 (with replicas) and TP2 x PP2; saves some."""
     folder = tmp_path_factory.mktemp("core")
     cases = []
-    for family, dialect, size in LOADS:
+    for family, dialect, tp, pp in LOADS:
         config, arrays = CONFIGS[family], random_arrays(CONFIGS[family])
-        written, legacy = folder / f"{family}.{dialect}", folder / f"{family}.legacy.{size}"
+        written, legacy = folder / f"{family}.{dialect}", folder / f"{family}.legacy.{tp}.{pp}"
         if dialect == "linked":
             sources = sources_of(config, LINKED)
             config, arrays = config.with_layers(2), {name: arrays[origin] for name, origin in sources.items()}
@@ -46,27 +49,27 @@ def folder(tmp_path_factory):
             teacher = torch_dist.open_source(str(folder / f"{family}.homogeneous"))
             link_checkpoint(plan_links(teacher, config, sources), written)
         if not legacy.exists():
-            write_checkpoint(legacy, config, arrays, "megatron", tp=size, pp=size, dialect="local")
+            write_checkpoint(legacy, config, arrays, "megatron", tp=tp, pp=pp, dialect="local")
         if not written.exists():  # padded to 256 rows whatever the number of shards; Megatron loads it at any
             cut = 2 if dialect == "global" else 1
             layout = {"tp": cut, "vocab_multiple": 256 // cut, "dialect": dialect}
             write_checkpoint(written, config, arrays, "torch_dist", **layout)
         save = folder / f"{family}.core.{dialect}"
-        saved = size == 2 and (family, dialect) in SAVES
+        saved = pp == 2 and (family, dialect) in SAVES
         if saved:
             save.mkdir()
         args = vars(megatron_args(config, 2, 2, qk_layernorm=config.qk_norm))
         cases.append(
             {
                 "config": config.to_json(),
-                "tp": size,
-                "pp": size,
+                "tp": tp,
+                "pp": pp,
                 "global": dialect == "global",
                 "load": str(written / "release"),
                 "legacy": str(legacy),
                 "vocab_multiple": 128,
-                "vocab_tp": size,
-                "logits": f"{family}.logits" if size == 1 else "",
+                "vocab_tp": tp,
+                "logits": f"{family}.logits.{tp}" if pp == 1 else "",
                 "tokens": TOKENS,
                 "save": str(save) if saved else "",
                 "args": {name: value for name, value in args.items() if name != "params_dtype"},
@@ -87,15 +90,16 @@ def test_what_megatron_core_saves_we_read(folder, family, dialect):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_megatron_core_and_transformers_give_the_same_logits(folder, family):
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_megatron_core_and_transformers_give_the_same_logits(folder, tmp_path, family, tp):
     from transformers import AutoModelForCausalLM
 
     config = CONFIGS[family]
-    write_checkpoint(folder / f"{family}.hf", config, random_arrays(config), "hf")
-    model = AutoModelForCausalLM.from_pretrained(folder / f"{family}.hf", attn_implementation="eager")
+    write_checkpoint(tmp_path, config, random_arrays(config), "hf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     with torch.no_grad():
         expected = model(torch.tensor(TOKENS)).logits
-    found = torch.load(folder / f"{family}.logits")[..., : config.vocab_size]
+    found = torch.load(folder / f"{family}.logits.{tp}")[..., : config.vocab_size]
     assert (found - expected).abs().max() < 1e-5
     assert expected.abs().max() > 1e-3

@@ -1,8 +1,5 @@
 """A teacher behind a web server that counts what it sends and hangs up now and then."""
 
-import http.server
-import re
-import threading
 from pathlib import Path
 
 import pytest
@@ -12,49 +9,9 @@ from megatron_inherit.checkpoint.compare import compare
 from megatron_inherit.checkpoint.detect import open_source
 from megatron_inherit.cli.main import main
 from tests.support.checkpoints import llama, random_arrays, write_checkpoint
+from tests.support.file_server import serving
 
 CONFIG = llama(num_layers=8, hidden_size=64, head_dim=8, ffn_size=256)
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_HEAD(self):
-        self.answer(body=False)
-
-    def do_GET(self):
-        self.answer(body=True)
-
-    def answer(self, *, body):
-        path = self.server.folder / self.path.lstrip("/")
-        if not path.is_file():
-            self.send_error(404)
-            return
-        data, size = path.read_bytes(), path.stat().st_size
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        if wanted and self.server.ranges:
-            data = data[int(wanted[1]) : int(wanted[2]) + 1]
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {wanted[1]}-{wanted[2]}/{size}")
-        else:
-            self.send_response(200)
-        self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        if not body:
-            return
-        self.server.requests += 1
-        if self.server.drop_every and self.server.requests % self.server.drop_every == 0:
-            self.wfile.write(data[: len(data) // 2])
-            self.close_connection = True
-            self.server.dropped += 1
-            return
-        self.wfile.write(data)
-        if path.suffix == ".safetensors":
-            self.server.sent += len(data)
-
-    def log_message(self, *_):
-        pass
 
 
 @pytest.fixture(scope="module")
@@ -67,16 +24,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def server(folder):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.folder, server.sent, server.requests, server.dropped = folder, 0, 0, 0
-    server.ranges, server.drop_every = True, 0
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    server.url = f"http://127.0.0.1:{server.server_address[1]}/teacher"
-    yield server
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(folder) as server:
+        server.url = f"{server.address}/teacher"
+        yield server
 
 
 def test_only_the_selected_bytes_are_fetched(server, folder, tmp_path):
