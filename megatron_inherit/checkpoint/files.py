@@ -69,6 +69,11 @@ class FilePool:
                 fix="Copy or download the file again.",
             )
 
+    def spool(self, file: str, start: int, stop: int) -> None:
+        """Brings bytes near that will be read in many small pieces: those of a remote file; local ones are."""
+        if is_remote(file):
+            self._remotes().spool(file, start, stop)
+
     def read(self, file: str, offset: int, count: int) -> bytes:
         """Reads ``count`` bytes at ``offset``."""
         buffer = bytearray(count)

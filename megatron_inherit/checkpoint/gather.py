@@ -53,6 +53,9 @@ def gather(
     pieces = tuple(pieces)
     out = empty_box(pieces, np.empty(math.prod(shape), CARRIERS[dtype]), shape) if out is None else out
     parts = [cut for piece in pieces if (cut := piece.cut(start, shape)) is not None]
+    if is_transposed(pieces):
+        for piece in pieces:
+            pool.spool(piece.extent.file, piece.extent.offset, piece.extent.end)
     for cluster in _clusters(parts):
         views = [_view(out, piece, start) for piece in cluster]
         if len(cluster) == 1 and cluster[0].extent.is_dense and views[0].flags.c_contiguous:

@@ -6,11 +6,15 @@ Ranges are cut in chunks; a chunk whose connection breaks is asked for again, so
 from __future__ import annotations
 
 import fnmatch
+import os
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from megatron_inherit.base.atomic import disk_error
 from megatron_inherit.base.errors import CheckpointError
 from megatron_inherit.base.log import get_logger
 from megatron_inherit.base.optional import require
@@ -44,6 +48,7 @@ class RemoteFiles:
     def __init__(self) -> None:
         self._systems: dict[str, Any] = {}
         self._sizes: dict[str, int] = {}
+        self._spools: dict[str, _Spool] = {}
         self._lock = threading.Lock()
 
     def size(self, url: str) -> int:
@@ -70,13 +75,35 @@ class RemoteFiles:
             raise CheckpointError(
                 f"{url} is truncated.", got=f"{self.size(url)} bytes", expected=f"at least {offset + len(buffer)}"
             )
+        spool = self._spools.get(url)
+        if spool is not None and spool.read_into(offset, buffer):
+            return
         for start in range(0, len(buffer), CHUNK):
             part = buffer[start : start + CHUNK]
             self._fill(url, offset + start, part)
 
+    def spool(self, url: str, start: int, stop: int) -> None:
+        """Brings bytes here that will be read in many small pieces, each byte once: into a nameless temporary file.
+
+        Raises:
+            CheckpointError: They cannot be fetched.
+            DiskError: There is no room for them.
+        """
+        with self._lock:
+            spool = self._spools.setdefault(url, _Spool())
+        with spool.lock:
+            for low, high in spool.missing(start, stop):
+                for at in range(low, high, CHUNK):
+                    data = bytearray(min(CHUNK, high - at))
+                    self._fill(url, at, memoryview(data))
+                    spool.add(at, data)
+
     def close(self) -> None:
-        """Forgets the connections."""
+        """Forgets the connections and what was brought here."""
         self._systems.clear()
+        for spool in self._spools.values():
+            spool.file.close()
+        self._spools.clear()
 
     def _fill(self, url: str, offset: int, part: memoryview) -> None:
         def fetch(system: Any) -> bytes:
@@ -119,6 +146,46 @@ class RemoteFiles:
             if protocol not in self._systems:
                 self._systems[protocol] = _open_system(protocol)
             return self._systems[protocol]
+
+
+class _Spool:
+    """The parts of one remote file that are here, at their own offsets in a sparse file without a name."""
+
+    def __init__(self) -> None:
+        self.file = tempfile.TemporaryFile()  # noqa: SIM115  (closed with the pool)
+        self.lock = threading.Lock()
+        self._parts: list[tuple[int, int]] = []
+
+    def missing(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Gives the ranges between two offsets that are not here."""
+        gaps = []
+        for low, high in self._parts:
+            if high > start and low < stop:
+                if low > start:
+                    gaps.append((start, low))
+                start = high
+        return [*gaps, (start, stop)] if start < stop else gaps
+
+    def add(self, at: int, data: bytes | bytearray) -> None:
+        """Stores bytes."""
+        try:
+            os.pwrite(self.file.fileno(), data, at)
+        except OSError as error:
+            raise disk_error(error, Path(tempfile.gettempdir())) from error
+        parts = sorted([*self._parts, (at, at + len(data))])
+        joined = parts[:1]
+        for low, high in parts[1:]:
+            if low <= joined[-1][1]:
+                joined[-1] = joined[-1][0], max(high, joined[-1][1])
+            else:
+                joined.append((low, high))
+        self._parts = joined
+
+    def read_into(self, offset: int, buffer: memoryview) -> bool:
+        """Fills a buffer if all its bytes are here."""
+        if self.missing(offset, offset + len(buffer)):
+            return False
+        return os.preadv(self.file.fileno(), [buffer], offset) == len(buffer)
 
 
 def list_names(url: str, patterns: Sequence[str]) -> list[str]:

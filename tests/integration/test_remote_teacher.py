@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_inherit.checkpoint import remote
+from megatron_inherit.checkpoint import manifest, remote
 from megatron_inherit.checkpoint.compare import compare
 from megatron_inherit.checkpoint.detect import open_source
 from megatron_inherit.cli.main import main
-from tests.support.checkpoints import llama, random_arrays, write_checkpoint
+from tests.support.checkpoints import gpt2, llama, random_arrays, write_checkpoint
 from tests.support.file_server import serving
 
 CONFIG = llama(num_layers=8, hidden_size=64, head_dim=8, ffn_size=256)
@@ -40,6 +40,22 @@ def test_only_the_selected_bytes_are_fetched(server, folder, tmp_path):
     assert server.sent <= 1.02 * selected + headers
     assert server.sent < 0.4 * whole
     assert (tmp_path / "remote" / "tokenizer.json").read_text() == "{}"
+
+
+def test_transposed_tensors_come_whole_and_once(tmp_path, monkeypatch):
+    """GPT-2's queries, keys and values are stripes of one stored tensor; a request a run would be thousands."""
+    monkeypatch.setattr(manifest, "LARGE_TILE_BYTES", 1 << 17)
+    config = gpt2(num_layers=3, hidden_size=256, num_heads=8, num_kv_heads=8, head_dim=32, ffn_size=1024)
+    teacher = write_checkpoint(tmp_path / "teacher", config, random_arrays(config), "hf", max_shard_bytes=4_000_000)
+    with serving(tmp_path) as server:
+        words = ["--layers", "2,0", "--threads", "3"]
+        assert main(["inherit", f"{server.address}/teacher", str(tmp_path / "student"), *words]) == 0
+    assert main(["verify", str(teacher), str(tmp_path / "student")]) == 0
+    with open_source(tmp_path / "student") as student:
+        selected = sum(stored.nbytes for stored in student.tensors.values())
+    headers = 20_000
+    assert selected <= server.sent <= 1.02 * selected + headers
+    assert server.requests < 150
 
 
 def test_dropped_connections_are_taken_up_again(server, folder, tmp_path, monkeypatch):
