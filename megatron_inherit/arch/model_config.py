@@ -48,6 +48,8 @@ class ModelConfig:
         sliding_window: Attention span in tokens, or None for full causal attention.
         attn_scale_by_layer: Attention logits of block i are divided by i + 1 (GPT-2's
             ``scale_attn_by_inverse_layer_idx``); sources fold it into the query projection, so it is False downstream.
+        residual: Blocks add what they compute to what they got. Without, an ablation, no other program's format can
+            hold the model.
     """
 
     family: str
@@ -69,6 +71,7 @@ class ModelConfig:
     qk_norm: bool = False
     sliding_window: int | None = None
     attn_scale_by_layer: bool = False
+    residual: bool = True
 
     def __post_init__(self) -> None:
         sizes = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "vocab_size")
@@ -87,7 +90,10 @@ class ModelConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Gives plain values for JSON; ``from_json`` reverses it."""
-        return dataclasses.asdict(self)
+        fields = dataclasses.asdict(self)
+        if self.residual:
+            del fields["residual"]
+        return fields
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> ModelConfig:

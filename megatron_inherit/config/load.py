@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -17,6 +17,9 @@ from megatron_inherit.base.errors import ConfigError
 from megatron_inherit.config.schema import RunConfig
 
 LARGEST_RECIPE_BYTES = 1 << 20
+RECIPES = "megatron_inherit.recipes"
+
+Checked = TypeVar("Checked", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
@@ -57,28 +60,34 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     return build_config(values, where=str(recipe))
 
 
-def recipe_names() -> list[str]:
-    """Lists the recipes of the package."""
-    folder = resources.files("megatron_inherit.recipes")
+def recipe_names(package: str = RECIPES) -> list[str]:
+    """Lists the recipes, or the studies, of the package."""
+    folder = resources.files(package)
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def find_recipe(recipe: str | Path) -> Path:
-    """Finds a recipe by path, or by name in the package."""
-    path = Path(recipe)
+def find_recipe(recipe: str | Path, *, package: str = RECIPES, kind: str = "recipe") -> Path:
+    """Finds a recipe by path, or by name in the package.
+
+    Args:
+        recipe: Name or path.
+        package: Where the named ones are.
+        kind: What messages call it.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    path, names = Path(recipe), recipe_names(package)
     if path.suffix in (".yaml", ".yml"):
         if path.is_file():
             return path
-        raise ConfigError(
-            f"There is no recipe file {path}.", fix=f"Recipes of the package: {', '.join(recipe_names())}."
-        )
-    names = recipe_names()
+        raise ConfigError(f"There is no {kind} file {path}.", fix=f"Those of the package: {', '.join(names)}.")
     if str(recipe) not in names:
         raise ConfigError(
-            f"There is no recipe {str(recipe)!r}.{_nearest(str(recipe), names)}",
+            f"There is no {kind} {str(recipe)!r}.{_nearest(str(recipe), names)}",
             expected=f"a .yaml file or one of {', '.join(names)}",
         )
-    return Path(str(resources.files("megatron_inherit.recipes") / f"{recipe}.yaml"))
+    return Path(str(resources.files(package) / f"{recipe}.yaml"))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -123,10 +132,19 @@ def build_config(values: dict[str, Any], *, where: str = "recipe") -> RunConfig:
         values: Sections and keys.
         where: What messages call their origin.
     """
+    return validate(RunConfig, values, where=where)
+
+
+def validate(schema: type[Checked], values: dict[str, Any], *, where: str) -> Checked:
+    """Checks nested mappings against any schema.
+
+    Raises:
+        ConfigError: The first three mistakes, each with its key and, for an unknown one, the nearest.
+    """
     try:
-        return RunConfig.model_validate(values)
+        return schema.model_validate(values)
     except ValidationError as error:
-        lines = list(_sentences(error))
+        lines = list(_sentences(error, schema))
         more = f" (and {len(lines) - 3} more mistakes)" if len(lines) > 3 else ""
         raise ConfigError(f"{where}: {' '.join(lines[:3])}{more}") from error
     except ConfigError as error:
@@ -179,12 +197,12 @@ def _at(error: ConfigError, where: str) -> ConfigError:
     return ConfigError(f"{where}: {error.what}", got=error.got, expected=error.expected, fix=error.fix)
 
 
-def _sentences(error: ValidationError) -> Iterator[str]:
+def _sentences(error: ValidationError, schema: type[BaseModel]) -> Iterator[str]:
     for problem in error.errors(include_url=False, include_context=False):
         key = _short(".".join(str(part) for part in problem["loc"])) or "top level"
         kind = problem["type"]
         if kind == "extra_forbidden":
-            yield f"{key}: unknown key.{_suggest(problem['loc'])}"
+            yield f"{key}: unknown key.{_suggest(problem['loc'], schema)}"
         elif kind == "missing":
             yield f"{key}: missing."
         else:
@@ -204,14 +222,16 @@ def _short(text: str) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _suggest(location: tuple[int | str, ...]) -> str:
+def _suggest(location: tuple[int | str, ...], schema: type[BaseModel]) -> str:
     """Looks for the nearest key in the same section, then for the same word in any section."""
     words = [str(part) for part in location]
-    section = _section(words[:-1])
+    section = _section(words[:-1], schema)
     here = [".".join((*words[:-1], name)) for name in section.model_fields] if section else []
     close = difflib.get_close_matches(".".join(words), here, n=1, cutoff=0.75)
-    elsewhere = [key for key in all_keys() if key.rpartition(".")[2] == words[-1]]
-    found = close or elsewhere or difflib.get_close_matches(".".join(words), [*here, *all_keys()], n=1, cutoff=0.3)
+    elsewhere = [key for key in all_keys(schema) if key.rpartition(".")[2] == words[-1]]
+    found = (
+        close or elsewhere or difflib.get_close_matches(".".join(words), [*here, *all_keys(schema)], n=1, cutoff=0.3)
+    )
     return f" Nearest: {found[0]}." if found else ""
 
 
@@ -220,8 +240,8 @@ def _nearest(word: str, words: Iterable[str]) -> str:
     return f" Nearest: {found[0]}." if found else ""
 
 
-def _section(words: Sequence[str]) -> type[BaseModel] | None:
-    section: type[BaseModel] | None = RunConfig
+def _section(words: Sequence[str], schema: type[BaseModel]) -> type[BaseModel] | None:
+    section: type[BaseModel] | None = schema
     for word in words:
         if section is None or word.isdigit():
             continue
@@ -237,10 +257,10 @@ def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _sections_in(argument)
 
 
-def all_keys() -> list[str]:
-    """Lists every dotted key that a recipe may hold."""
+def all_keys(schema: type[BaseModel] = RunConfig) -> list[str]:
+    """Lists every dotted key that a recipe, or another schema, may hold."""
     keys = []
-    for name, field in RunConfig.model_fields.items():
+    for name, field in schema.model_fields.items():
         section = next(iter(_sections_in(field.annotation)), None)
         keys += [f"{name}.{key}" for key in section.model_fields] if section else [name]
     return keys

@@ -14,7 +14,7 @@ import yaml
 
 from megatron_inherit.base.errors import DataError, UsageError
 
-METRICS = "metrics.jsonl"
+METRICS, WINDOW_LOSSES = "metrics.jsonl", "window_losses.json"
 Row = dict[str, Any]
 
 
@@ -99,6 +99,11 @@ class Run:
             return False
         own, parts = self.path.absolute().parts, Path(taken).parts
         return any(own == parts[:end] or own[-end:] == parts[:end] for end in range(len(parts), 0, -1) if end > 1)
+
+    @cached_property
+    def window_losses(self) -> Row:
+        """Summed loss and predicted tokens of each window at the end (``losses``, ``counts``), or nothing."""
+        return read_json(self.path / WINDOW_LOSSES)
 
     @property
     def evaluations(self) -> list[Row]:

@@ -49,11 +49,13 @@ class DecoderConfig(TransformerConfig):
 
     Attributes:
         norm_bias, out_bias: Whether norms and the attention's output projection have biases.
+        residual: Whether blocks add their input to what they compute.
         recompute: ``none``, ``selective`` or ``full``, see ``engines.base.EngineOptions``.
     """
 
     norm_bias: bool = False
     out_bias: bool = False
+    residual: bool = True
     recompute: str = "none"
 
 
@@ -86,6 +88,7 @@ def decoder_config(
         qk_layernorm=model.qk_norm,
         norm_bias=model.norm_bias,
         out_bias=model.out_bias,
+        residual=model.residual,
         recompute=recompute,
         hidden_dropout=0.0,
         attention_dropout=0.0,

@@ -55,7 +55,8 @@ class Layer(MegatronModule, BaseTransformerLayer):
     """One pre-norm block: x + attention(norm(x)), then + mlp(norm(...)).
 
     Args:
-        config: The model's; ``recompute`` says what the backward pass computes anew.
+        config: The model's; ``recompute`` says what the backward pass computes anew, ``residual`` whether there is any
+            ``+``.
         layer_number: 1-based index among this stage's blocks.
         pg_collection: Process groups.
         vp_stage: Chunk of a virtual pipeline.
@@ -77,6 +78,8 @@ class Layer(MegatronModule, BaseTransformerLayer):
 
     def _block(self, hidden: torch.Tensor, mask: torch.Tensor | None, tables: Tables | None) -> torch.Tensor:
         attended = self.self_attention(self.input_layernorm(hidden), mask, tables)
+        if not self.config.residual:
+            return self._mlp(attended)
         if self.config.recompute == "selective" and torch.is_grad_enabled():
             hidden = attended + hidden
             return hidden + checkpoint(self._mlp, hidden, use_reentrant=False, preserve_rng_state=False)

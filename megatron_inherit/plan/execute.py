@@ -57,6 +57,11 @@ def plan_sink(plan: TransferPlan, side_files: tuple[SideFile, ...] = ()) -> Sink
         CheckpointError: The format cannot hold the model in that layout.
     """
     layout = plan.layout
+    if not plan.config.residual:
+        raise CheckpointError(
+            f"The format {layout.format} cannot hold a model without residual connections.",
+            fix="It was trained for an ablation; its run can be resumed and read, not exported.",
+        )
     module = format_module(layout.format)
     if not hasattr(module, "make_sink"):
         raise CheckpointError(f"The format {layout.format} can be read but not written.", fix="Choose --format hf.")

@@ -39,6 +39,14 @@ def index(tensors: Sequence[numpy.ndarray], *, axis: int, indices: Sequence[int]
     return tensors[0].take(indices, axis=axis)
 
 
+def take(
+    tensors: Sequence[numpy.ndarray], *, rows: Sequence[int] | None = None, columns: Sequence[int] | None = None
+) -> numpy.ndarray:
+    """Takes chosen rows, and of these chosen columns (a narrower matrix); None takes all."""
+    taken = tensors[0] if rows is None else tensors[0].take(rows, axis=0)
+    return taken if columns is None else taken.take(columns, axis=1)
+
+
 def low_rank(tensors: Sequence[numpy.ndarray], *, rank: int) -> numpy.ndarray:
     """Gives the best approximation of a rank in the Frobenius norm (truncated SVD)."""
     import numpy as np
@@ -76,6 +84,7 @@ FUNCTIONS: dict[str, Function] = {
     "mean": mean,
     "weighted_sum": weighted_sum,
     "index": index,
+    "take": take,
     "low_rank": low_rank,
     "quantise": quantise,
     "prune": prune,

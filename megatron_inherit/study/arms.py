@@ -5,6 +5,7 @@ A start appears whole or not at all, a finished run is only read, an unfinished 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -35,10 +36,12 @@ from megatron_inherit.base.log import get_logger
 from megatron_inherit.checkpoint.detect import open_source
 from megatron_inherit.config.load import flatten, to_yaml
 from megatron_inherit.config.schema import RunConfig
-from megatron_inherit.eval.importance import resolve_layers
 from megatron_inherit.eval.runs import METRICS, Run, load_run, read_json
 from megatron_inherit.inherit.inheritune import plan_inheritance
 from megatron_inherit.plan.execute import RECORD, execute
+from megatron_inherit.study.layers import resolve
+from megatron_inherit.study.schema import CutSection
+from megatron_inherit.study.width import cut_width
 from megatron_inherit.train.run_folder import RunLock
 from megatron_inherit.train.schedule import total_steps
 from megatron_inherit.train.session import RECIPE
@@ -69,27 +72,42 @@ def make_start(
     reset: Sequence[Role] = (),
     as_published: bool = False,
     seed: int = 0,
+    cut: CutSection | None = None,
 ) -> Path:
     """Writes what an arm starts from; a folder that is there already is left as it is.
 
     Args:
         teacher: A checkpoint of any format, or a run folder.
         folder: A Hugging Face folder with ``inherit.json``.
-        layers: The teacher's blocks, or the words of ``--layers``.
+        layers: The teacher's blocks, or the words of ``--layers`` and of ``study.layers``.
         reset: Roles drawn anew.
         as_published: Copies what the released Inheritune scripts copy.
         seed: Of fresh values.
+        cut: Shares of the width that are kept.
+
+    Raises:
+        ConfigError: The folder holds another start.
     """
+    asked = {
+        "layers": layers if isinstance(layers, str) else list(layers),
+        "reset": list(reset),
+        "as_published": as_published,
+        "seed": seed,
+        "cut": None if cut is None else cut.model_dump(),
+    }
     if (folder / RECORD).is_file():
+        found = read_json(folder / RECORD).get("start")
+        if found != asked:
+            raise ConfigError(f"{folder} holds another start.", got=found, expected=asked, fix="Choose another folder.")
         return folder
     source = open_source(teacher)
-    try:
-        chosen = resolve_layers(layers, teacher, source.config.num_layers) if isinstance(layers, str) else layers
+    with contextlib.closing(source):
+        chosen = resolve(layers, teacher, source.config.num_layers) if isinstance(layers, str) else layers
         plan = plan_inheritance(source, layers=chosen, reset=reset, as_published=as_published, seed=seed)
+        if cut is not None:
+            plan = cut_width(plan, source, cut)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        execute(plan, folder, source=source, record={"as_published": as_published, "layers": str(layers)})
-    finally:
-        source.close()
+        execute(plan, folder, source=source, record={"as_published": as_published, "start": asked})
     return folder
 
 

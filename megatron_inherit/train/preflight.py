@@ -95,6 +95,8 @@ def plan_run(config: RunConfig, *, world_size: int | None = None) -> RunPlan:
     world_size = int(os.environ.get("WORLD_SIZE", "1")) if world_size is None else world_size
     source = None if config.model.path is None else open_source(config.model.path)
     model = _preset_of(config) if source is None else source.config
+    if not config.model.residual:
+        model = dataclasses.replace(model, residual=False)
     options = engine_options(config, sharing_of(config, model, source))
     teacher_of(config, model)
     check_options(config.engine, options, model, world_size=world_size)

@@ -6,16 +6,19 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from megatron_inherit.base.atomic import write_json
 from megatron_inherit.base.errors import DiskError, DivergedError
 from megatron_inherit.base.log import get_logger
 from megatron_inherit.config.load import config_hash
 from megatron_inherit.data.drawn import report_drawn
+from megatron_inherit.eval.runs import WINDOW_LOSSES
+from megatron_inherit.eval.val_loss import summarize
 from megatron_inherit.train import metrics, resume
 from megatron_inherit.train.checkpointing import SaveReport
 from megatron_inherit.train.pace import unequal_ranks
 from megatron_inherit.train.session import Session, write_skipped
 from megatron_inherit.train.state import RunState
-from megatron_inherit.train.validation import evaluate
+from megatron_inherit.train.validation import window_losses
 
 logger = get_logger(__name__)
 
@@ -64,9 +67,10 @@ def evaluate_now(run: Session, state: RunState) -> None:
     if run.windows is None:
         return
     size = run.plan.config.eval.micro_batch or 8 * run.plan.options.micro_batch
-    found = evaluate(
+    losses, counts = window_losses(
         run.engine, run.windows, micro_batch=size, beat=lambda: run.watchdog.progress(state.step, "evaluate")
     )
+    found = summarize(losses, counts, run.windows.num_bytes)
     row: dict[str, Any] = {
         "kind": "eval",
         "step": state.step,
@@ -76,6 +80,9 @@ def evaluate_now(run: Session, state: RunState) -> None:
     }
     run.metrics.write(row)
     run.metrics.send(row)
+    if run.is_first and state.step == run.plan.total_steps:
+        last = {"step": state.step, "fingerprint": run.windows.fingerprint, "losses": losses, "counts": counts}
+        write_json(run.plan.output / WINDOW_LOSSES, last)
     if run.is_first:
         logger.info("step %d: validation loss %.4f (standard error %.4f)", state.step, found.loss, found.stderr or 0.0)
 

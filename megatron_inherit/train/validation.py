@@ -8,26 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from megatron_inherit.data.loader import Batch
-from megatron_inherit.eval.val_loss import ValLoss, summarize
 
 if TYPE_CHECKING:
     from megatron_inherit.data.windows import EvalWindows
     from megatron_inherit.engines.base import Engine
-
-
-def evaluate(
-    engine: Engine, windows: EvalWindows, *, micro_batch: int, beat: Callable[[], None] | None = None
-) -> ValLoss:
-    """Scores the windows.
-
-    Args:
-        engine: All ranks call this together.
-        windows: The same on all ranks.
-        micro_batch: Windows that a replica takes at a time.
-        beat: Called before each of these times.
-    """
-    losses, counts = window_losses(engine, windows, micro_batch=micro_batch, beat=beat)
-    return summarize(losses, counts, windows.num_bytes)
 
 
 def window_losses(

@@ -1,0 +1,183 @@
+"""Runs of one arm over several seeds, as one line of a table and one curve: means, and what they are uncertain by."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from megatron_inherit.base.errors import DataError
+from megatron_inherit.eval.runs import Run
+from megatron_inherit.eval.val_loss import difference_stderr, summarize
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds.
+
+    Attributes:
+        mean: In nats.
+        windows: Its standard error over the evaluation windows; None where the runs did not keep the windows' losses.
+        seeds: Its standard error over the seeds; None with fewer than two.
+    """
+
+    mean: float
+    windows: float | None
+    seeds: float | None
+
+    def __str__(self) -> str:
+        errors = [
+            f"{name} {value:.4f}" for name, value in (("w", self.windows), ("s", self.seeds)) if value is not None
+        ]
+        return f"{self.mean:.4f}" + (f" ({', '.join(errors)})" if errors else "")
+
+
+@dataclass(frozen=True)
+class Group:
+    """The runs of an arm, which differ in nothing but the seed.
+
+    Attributes:
+        label: Name of the arm.
+        runs: By seed; each has been scored at the same steps on the same windows.
+    """
+
+    label: str
+    runs: tuple[Run, ...]
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds of the runs."""
+        return [int((run.recipe.get("run") or {}).get("seed", 0)) for run in self.runs]
+
+    @cached_property
+    def steps(self) -> list[int]:
+        """Steps at which every run has been scored."""
+        shared = set.intersection(*({row["step"] for row in run.evals} for run in self.runs))
+        return sorted(shared)
+
+    @cached_property
+    def tokens(self) -> list[int]:
+        """Tokens seen at these steps."""
+        seen = {row["step"]: row["tokens"] for row in self.runs[0].evals}
+        return [seen[step] for step in self.steps]
+
+    @cached_property
+    def losses(self) -> list[float]:
+        """Mean loss over the seeds at these steps."""
+        return [statistics.fmean(self.losses_at(step)) for step in self.steps]
+
+    @cached_property
+    def seed_errors(self) -> list[float | None]:
+        """Standard error of these means over the seeds."""
+        return [_stderr(self.losses_at(step)) for step in self.steps]
+
+    def losses_at(self, step: float) -> list[float]:
+        """Gives each run's loss at a step, on a straight line between two evaluations."""
+        return [_interpolate([(row["step"], row["loss"]) for row in run.evals], step) for run in self.runs]
+
+    def at(self, share: float) -> float:
+        """Gives the mean loss at a share of the arm's own steps."""
+        return statistics.fmean(self.losses_at(share * self.steps[-1]))
+
+    @cached_property
+    def final(self) -> Estimate:
+        """The loss at the last step."""
+        finals = self.losses_at(self.steps[-1])
+        windows = self.mean_window_losses
+        error = None if windows is None else summarize(windows, self.runs[0].window_losses["counts"], None).stderr
+        return Estimate(statistics.fmean(finals), error, _stderr(finals))
+
+    @cached_property
+    def mean_window_losses(self) -> list[float] | None:
+        """Summed loss of each window at the end, mean over the seeds."""
+        kept = [run.window_losses.get("losses") for run in self.runs]
+        if not all(kept):
+            return None
+        return [statistics.fmean(values) for values in zip(*(losses for losses in kept if losses), strict=True)]
+
+    def reaches(self, loss: float) -> float | None:
+        """Gives the step at which the mean curve first comes down to a loss, or None."""
+        before: tuple[int, float] | None = None
+        for step, value in zip(self.steps, self.losses, strict=True):
+            if value <= loss:
+                if before is None or before[1] <= loss:
+                    return float(step)
+                return before[0] + (step - before[0]) * (before[1] - loss) / (before[1] - value)
+            before = (step, value)
+        return None
+
+
+def gap(group: Group, control: Group) -> Estimate:
+    """Compares two arms at their ends, seed by seed and window by window.
+
+    Pairing takes out what both share: the order of the samples of a seed, the difficulty of the windows.
+    """
+    ours, theirs = (dict(zip(g.seeds, g.losses_at(g.steps[-1]), strict=True)) for g in (group, control))
+    shared = sorted(ours.keys() & theirs.keys())
+    mean = group.final.mean - control.final.mean
+    seeds = _stderr([ours[seed] - theirs[seed] for seed in shared])
+    first, second = group.mean_window_losses, control.mean_window_losses
+    if first is None or second is None:
+        return Estimate(mean, None, seeds)
+    error = difference_stderr(first, second, group.runs[0].window_losses["counts"])[1]
+    return Estimate(mean, None if math.isnan(error) else error, seeds)
+
+
+def sooner(group: Group, control: Group) -> float | None:
+    """Gives how many times fewer steps an arm needs for the control's final loss; None where it never gets there."""
+    reached = group.reaches(control.losses[-1])
+    needed = control.reaches(control.losses[-1])
+    if reached is None or needed is None:
+        return None
+    return math.inf if reached == 0 else needed / reached
+
+
+def group_runs(runs: Sequence[Run]) -> list[Group]:
+    """Puts runs together that differ in nothing but the seed: one name, one parent folder, other seeds."""
+    groups: dict[object, list[Run]] = {}
+    for run in runs:
+        section = run.recipe.get("run") or {}
+        key: object = (section["name"], run.path.resolve().parent) if section.get("name") and run.evals else run.path
+        groups.setdefault(key, []).append(run)
+    made: list[Group] = []
+    for together in groups.values():
+        seeds = [(run.recipe.get("run") or {}).get("seed") for run in together]
+        if len(together) > 1 and len(set(seeds)) == len(seeds) and None not in seeds:
+            made.append(Group(_label(together), tuple(together)))
+        else:
+            made += [Group(run.label, (run,)) for run in together]
+    return made
+
+
+def require_same_windows(groups: Sequence[Group]) -> None:
+    """Refuses runs that were scored on different windows.
+
+    Raises:
+        DataError: Two runs differ.
+    """
+    seen = {run.evals[-1].get("fingerprint", ""): run.path for group in groups for run in group.runs if run.evals}
+    if len(seen) > 1:
+        (one, first), (two, second) = list(seen.items())[:2]
+        raise DataError(
+            f"{first} and {second} were scored on different windows, so that their losses cannot be compared.",
+            got=f"{one} and {two}",
+            fix="Run one of them again with the other's eval.windows.",
+        )
+
+
+def _label(runs: Sequence[Run]) -> str:
+    name = runs[0].label.rpartition("/")[0].rpartition("/")[2]
+    return name or str((runs[0].recipe.get("run") or {}).get("name"))
+
+
+def _stderr(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def _interpolate(points: Sequence[tuple[int, float]], step: float) -> float:
+    before = [point for point in points if point[0] <= step] or [points[0]]
+    after = [point for point in points if point[0] >= step] or [points[-1]]
+    (x0, y0), (x1, y1) = before[-1], after[0]
+    return y0 if x1 <= x0 else y0 + (y1 - y0) * (step - x0) / (x1 - x0)

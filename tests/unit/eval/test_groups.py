@@ -1,0 +1,73 @@
+"""Means over seeds, their two errors, and what they are compared by, against figures worked out by hand."""
+
+import json
+import math
+
+import pytest
+import yaml
+
+from megatron_inherit.base.errors import DataError
+from megatron_inherit.eval.groups import Group, gap, group_runs, require_same_windows, sooner
+from megatron_inherit.eval.runs import find_runs, load_run
+
+
+def run(folder, losses, *, seed=1, name="arm", fingerprint="w", windows=None, every=10):
+    folder.mkdir(parents=True)
+    rows = [
+        {"kind": "eval", "step": every * place, "tokens": 100 * every * place, "loss": loss, "fingerprint": fingerprint}
+        for place, loss in enumerate(losses)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "run.yaml").write_text(yaml.safe_dump({"run": {"name": name, "seed": seed}}))
+    if windows:
+        (folder / "window_losses.json").write_text(json.dumps({"losses": windows, "counts": [2] * len(windows)}))
+    return load_run(folder)
+
+
+def test_means_and_errors(tmp_path):
+    group = Group(
+        "a",
+        (
+            run(tmp_path / "1", [5, 4, 3], windows=[4.0, 8.0], seed=1),
+            run(tmp_path / "2", [5, 5, 4], windows=[6.0, 10.0], seed=2),
+        ),
+    )
+    assert group.losses == [5, 4.5, 3.5]
+    assert group.at(0.25) == pytest.approx(4.75)
+    assert group.final.mean == 3.5
+    assert group.final.seeds == pytest.approx(0.5)  # sd of (3, 4) is 1/sqrt 2, over sqrt 2
+    assert group.final.windows == pytest.approx(1.0)  # window means 2.5 and 4.5 a token
+    assert group.reaches(4.0) == pytest.approx(15)
+    assert group.reaches(3.0) is None
+
+
+def test_a_gap_is_paired_by_seed_and_window(tmp_path):
+    ours = Group("a", tuple(run(tmp_path / f"a{s}", [5, 2 + s], windows=[2.0, 6.0], seed=s) for s in (1, 2)))
+    theirs = Group("b", tuple(run(tmp_path / f"b{s}", [5, 4 + s], windows=[4.0, 8.0], seed=s) for s in (1, 2)))
+    found = gap(ours, theirs)
+    assert found.mean == pytest.approx(-2)
+    assert found.seeds == pytest.approx(0, abs=1e-12)
+    assert found.windows == pytest.approx(0, abs=1e-12)
+    assert gap(ours, Group("c", (run(tmp_path / "c", [5, 5], seed=9),))).seeds is None
+
+
+def test_sooner(tmp_path):
+    control = Group("c", (run(tmp_path / "c", [6, 5, 4, 3, 2]),))
+    assert sooner(Group("a", (run(tmp_path / "a", [4, 2, 1, 1, 1]),)), control) == pytest.approx(4)
+    assert sooner(Group("b", (run(tmp_path / "b", [4, 3]),)), control) is None
+    assert sooner(Group("d", (run(tmp_path / "d", [2, 1]),)), control) == math.inf
+
+
+def test_runs_are_grouped_by_arm(tmp_path):
+    for arm in ("x", "y"):
+        for seed in (1, 2):
+            run(tmp_path / "study/arms" / arm / f"seed{seed}", [3, 2], seed=seed, name=arm)
+    run(tmp_path / "study/teacher", [3, 1], name="teacher")
+    groups = group_runs(find_runs([tmp_path / "study"]))
+    assert [(group.label, group.seeds) for group in groups] == [("x", [1, 2]), ("y", [1, 2]), ("teacher", [1])]
+
+
+def test_other_windows_are_refused(tmp_path):
+    groups = [Group("a", (run(tmp_path / "a", [1]),)), Group("b", (run(tmp_path / "b", [1], fingerprint="v"),))]
+    with pytest.raises(DataError, match="different windows"):
+        require_same_windows(groups)
