@@ -152,6 +152,11 @@ def _read_rank(file: Path) -> _Rank:
     if not names or "args" not in value:
         raise CheckpointError(f"{file} lacks the model or its args.", got=", ".join(map(str, value))[:200])
     chunks = tuple(_flatten(value[name]) for name in names)
+    if any(name.startswith("language_model.lm_head") for chunk in chunks for name in chunk):
+        raise CheckpointError(
+            f"{file} has language_model.lm_head, a name of epfLLM's Megatron-LLM, whose MLP holds up before gate.",
+            fix="Export it to Hugging Face with its own tools first.",
+        )
     version = value.get("checkpoint_version", 0)
     return _Rank(file, chunks, fields(value["args"]), float(version), value.get("iteration"))
 

@@ -350,6 +350,12 @@ class TestRefusals:
         )
         self.refused(folder, name, "F8_E4M3")
 
+    def test_another_order_of_gate_and_up(self, folder):
+        """epfLLM's files look like Megatron's and hold [up; gate]; the name of the head gives them away."""
+        head = {"language_model": {"lm_head": torch.ones(2, 2)}}
+        self.edit(folder, "mp_rank_00_000", lambda value: value["model"].update(head))
+        self.refused(folder, "model_optim_rng.pt", "language_model.lm_head", "up before gate")
+
     def test_unknown_version(self, folder):
         for rank in ("00_000", "00_001", "01_000", "01_001"):
             self.edit(folder, f"mp_rank_{rank}", lambda value: value.update(checkpoint_version=4.0))
