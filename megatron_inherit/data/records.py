@@ -64,8 +64,9 @@ def read_documents(file: SourceFile, options: ReadOptions) -> Iterator[Document 
     except (OSError, EOFError, ValueError, tarfile.TarError) as error:
         raise DataError(f"{file.path} cannot be read as {file.format}: {error}.") from error
     except Exception as error:
-        if type(error).__module__.split(".")[0] in ("zstandard", "zstd", "pyarrow", "lzma", "zlib", "_lzma", "fsspec"):
-            raise DataError(f"{file.path} cannot be read as {file.format}: {error}.") from error
+        library = type(error).__module__.split(".")[0]
+        if "://" in file.path or library in ("zstandard", "zstd", "pyarrow", "lzma", "zlib", "_lzma"):
+            raise DataError(f"{file.path} cannot be read as {file.format}: {error or library}.") from error
         raise
 
 

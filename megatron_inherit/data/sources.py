@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, cast
 
-from megatron_inherit.base.errors import DataError
+from megatron_inherit.base.errors import DataError, MinheritError
 from megatron_inherit.base.log import get_logger
 from megatron_inherit.base.optional import require
 from megatron_inherit.data.layouts import Layout, domain_of_path
@@ -33,6 +33,7 @@ _FORMATS: dict[str, Format] = {
     ".tar": "tar",
     ".tgz": "tar",
 }
+_VERSIONS = ("ETag", "etag", "md5Hash", "Content-MD5", "Last-Modified", "LastModified")
 _SAVED = ("state.json", "dataset_dict.json")
 _DOMAIN_NAME = re.compile(r"\w[\w.-]*")
 _log = get_logger(__name__)
@@ -46,6 +47,7 @@ class SourceFile(ManifestModel):
         format: How to read it.
         size: Bytes; 0 where it is not known.
         mtime_ns: Time of the last change of a local file.
+        version: What a store says of the state of a remote file: its ETag, hash or time.
         domain: None where each record tells it.
         part, parts: Which part of how many, of a data set.
         config, split: Of a streamed data set.
@@ -56,6 +58,7 @@ class SourceFile(ManifestModel):
     size: int
     mtime_ns: int | None
     domain: str | None
+    version: str | None = None
     part: int = 0
     parts: int = 1
     config: str | None = None
@@ -109,6 +112,7 @@ class _Listed:
     size: int
     mtime_ns: int | None
     named: bool
+    version: str | None = None
 
 
 def _list_local(root: Path) -> Iterator[_Listed]:
@@ -122,12 +126,22 @@ def _list_local(root: Path) -> Iterator[_Listed]:
 
 
 def _list_remote(url: str) -> Iterator[_Listed]:
-    system, root = require("fsspec", "remote paths").core.url_to_fs(url)
-    named = system.isfile(root)
-    entries = {root: system.info(root)} if named else system.find(root, detail=True)
+    fsspec = require("fsspec", "remote paths")
+    try:
+        system, root = fsspec.core.url_to_fs(url)
+        named = system.isfile(root)
+        entries = {root: system.info(root)} if named else system.find(root, detail=True)
+    except MinheritError:
+        raise
+    except Exception as error:  # every store has errors of its own
+        reason = str(error) or type(error).__name__
+        raise DataError(f"{url} cannot be listed: {reason}.", fix="Check the address and the access to it.") from error
+    if not entries:
+        raise DataError(f"{url} does not exist, or holds no file.", fix="Check the address and the access to it.")
     for path, info in sorted(entries.items()):
         relative = path.rpartition("/")[2] if named else path.removeprefix(root).lstrip("/")
-        yield _Listed(relative, system.unstrip_protocol(path), int(info.get("size") or 0), None, named)
+        version = next((str(info[name]) for name in _VERSIONS if info.get(name)), None)
+        yield _Listed(relative, system.unstrip_protocol(path), int(info.get("size") or 0), None, named, version)
 
 
 def _choose(
@@ -146,7 +160,9 @@ def _choose(
             unknown.append(file.relative)
             continue
         place = domain or (domain_of_path(file.relative) if layout.by_path else _fallback(layout))
-        yield SourceFile(path=file.path, format=kind, size=file.size, mtime_ns=file.mtime_ns, domain=place)
+        yield SourceFile(
+            path=file.path, format=kind, size=file.size, mtime_ns=file.mtime_ns, version=file.version, domain=place
+        )
     if unknown:
         shown = ", ".join(unknown[:3])
         _log.warning("%d files of unknown suffix are left out: %s%s", len(unknown), shown, "..." * (len(unknown) > 3))
@@ -236,7 +252,8 @@ def open_binary(path: str) -> IO[bytes]:
 
 def _open_raw(path: str) -> IO[bytes]:
     if "://" in path:
-        return cast("IO[bytes]", require("fsspec", "remote paths").open(path, "rb").open())
+        raw = require("fsspec", "remote paths").open(path, "rb").open()
+        return cast("IO[bytes]", io.BufferedReader(raw, 1 << 20))  # theirs reads no line up to a length
     return open(path, "rb", buffering=1 << 20)
 
 
