@@ -1,25 +1,20 @@
 """Data: tokenizing against the libraries in memory, the loader, the order, and subsets of 10^6 to 10^8 documents.
 
     python benchmarks/data.py tokenize --text FOLDER --tokenizer PATH ...   # FOLDER: what `minherit data ingest` wrote
+    python benchmarks/data.py stages --text FOLDER --tokenizer PATH ...     # what gigatoken leaves to us
     python benchmarks/data.py loader
     python benchmarks/data.py order
     python benchmarks/data.py subset --documents 1e6 1e7 1e8
 
-Rows go to benchmarks/results/data.csv. ``cpu_s`` counts this process and its children: it is the figure to compare on a
-machine that others use, ``wall_s`` stands beside it. Rivals run in turn with us on the same documents.
+Rows go to benchmarks/results/data.csv and data_tokenizing.csv. ``cpu_s`` is the figure to compare on a machine that
+others use, ``wall_s`` stands beside it. Rivals run in turn with us on the same documents.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
 import os
 import resource
-import shutil
-import statistics
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -28,12 +23,11 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from data_tokenizing import bench_stages, bench_tokenize
 from measuring import append_rows, circumstances
 
 from megatron_inherit.data.budget import make_subset
-from megatron_inherit.data.giga import choose_encoder
 from megatron_inherit.data.indexed import IndexedWriter, bin_path, idx_path
-from megatron_inherit.data.ingest import open_documents
 from megatron_inherit.data.integrity import BLOCK_BYTES
 from megatron_inherit.data.loader import Loader, LoaderOptions, open_loader
 from megatron_inherit.data.manifests import (
@@ -45,12 +39,8 @@ from megatron_inherit.data.manifests import (
     TokensManifest,
 )
 from megatron_inherit.data.permutation import KeyedPermutation
-from megatron_inherit.data.text_shards import read_batches
-from megatron_inherit.data.tokenize import DOCUMENT_DTYPE, TokenizeOptions, tokenize
-from megatron_inherit.data.tokenizer import open_tokenizer
+from megatron_inherit.data.tokenize import DOCUMENT_DTYPE
 
-REPEATS = 3
-PR_SET_CHILD_SUBREAPER = 36
 Cost = tuple[float, float]
 """Wall and CPU seconds."""
 
@@ -98,104 +88,6 @@ class AnonymousMemory:
         self._stop.set()
         self._thread.join()
         self.grown = max(self.peak, self._now()) - self._before
-
-
-def bench_tokenize(text: Path, tokenizers: list[str], only: list[str]) -> None:
-    """Ours from the text shards to finished .bin/.idx, theirs from a list in memory to ids."""
-    shards = open_documents(text).shards
-    texts = [one for shard in shards for batch in read_batches(text / shard.name) for one in batch]
-    size = sum(len(one.encode()) for one in texts)
-    for name in tokenizers:
-        label = f"{open_tokenizer(name).kind} {Path(name).parent.name}/{Path(name).name}"
-        works = tokenize_works(text, name, texts)
-        works = {case: work for case, work in works.items() if not only or any(part in case for part in only)}
-        costs: dict[str, list[Cost]] = {case: [] for case in works}
-        for _ in range(REPEATS):
-            for case, work in works.items():
-                costs[case].append(measure(work))
-        for case, taken in costs.items():
-            best = (statistics.median(wall for wall, _ in taken), min(cpu for _, cpu in taken))
-            note = f"{size} bytes of text; median wall and least CPU of {REPEATS}"
-            row("tokenize", f"{label}: {case}", size / best[1] / 1e6, "MB/CPU-s", best, note)
-        for ours, theirs in RATIOS:
-            if theirs in costs and ours in costs:
-                for number, unit in enumerate(("x (wall, medians)", "x (CPU, least)")):
-                    figures = [[cost[number] for cost in costs[case]] for case in (theirs, ours)]
-                    them, us = (min(one) if number else statistics.median(one) for one in figures)
-                    row("tokenize ratio", f"{label}: {ours} / {theirs}", them / us, unit)
-
-
-RATIOS = (
-    ("ours, own, 1 process", "library in memory, 1 thread"),
-    ("ours, own, 2 processes", "datasets.map num_proc=2"),
-    ("ours, gigatoken, 1 process", "gigatoken in memory, 1 thread"),
-)
-
-
-def tokenize_works(text: Path, name: str, texts: list[str]) -> dict[str, Callable[[], object]]:
-    own = open_tokenizer(name)
-    works: dict[str, Callable[[], object]] = {}
-    for backend in ("own", "gigatoken"):
-        for workers in (1, 2):
-            case = f"ours, {backend}, {workers} process{'es' * (workers > 1)}"
-            works[case] = partial(run_ours, text, name, workers, backend)
-    works["library in memory, 1 thread"] = partial(run_library, name, texts)
-    works["gigatoken in memory, 1 thread"] = partial(choose_encoder(own, "gigatoken", texts[:8]), texts)
-    works["datasets.map num_proc=2"] = partial(run_datasets_map, name, texts)
-    return works
-
-
-def run_ours(text: Path, tokenizer: str, workers: int, backend: str) -> None:
-    """One process: in this one. More: the command, so that the CPU time of its workers, and its start, are counted."""
-    out = Path(tempfile.mkdtemp(dir=text.parent))
-    if workers == 1:
-        tokenize(text, out, TokenizeOptions(tokenizer=tokenizer, backend=backend))  # type: ignore[arg-type]
-    else:
-        words = ["data", "tokenize", str(text), str(out), "-t", tokenizer, "--backend", backend]
-        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
-        command = [sys.executable, "-m", "megatron_inherit", *words, "--workers", str(workers)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        with contextlib.suppress(ChildProcessError):
-            while True:
-                os.wait()
-    shutil.rmtree(out)
-
-
-def run_library(name: str, texts: list[str]) -> None:
-    own = open_tokenizer(name)
-    if own.kind == "sentencepiece":
-        import sentencepiece
-
-        sentencepiece.SentencePieceProcessor(model_file=own.path).encode(texts, num_threads=1)
-    else:
-        from tokenizers import Tokenizer
-
-        Tokenizer.from_str(own.to_json()).encode_batch(texts, add_special_tokens=False)  # type: ignore[attr-defined]
-
-
-def run_datasets_map(name: str, texts: list[str]) -> None:
-    import datasets
-
-    datasets.disable_progress_bars()
-    with tempfile.TemporaryDirectory() as folder:
-        data = datasets.Dataset.from_dict({"text": texts})
-        cache = f"{folder}/mapped.arrow"
-        data.map(MapTokenizer(name), batched=True, num_proc=2, remove_columns=["text"], cache_file_name=cache)
-
-
-class MapTokenizer:
-    """The function of ``datasets.map``; opens the tokenizer once a process."""
-
-    def __init__(self, name: str) -> None:
-        self._name, self._opened = name, None
-
-    def __call__(self, batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        """Encodes a batch."""
-        self._opened = self._opened or open_tokenizer(self._name)
-        return {"input_ids": self._opened.encode_batch(batch["text"])}
-
-    def __getstate__(self) -> dict[str, object]:
-        return {"_name": self._name, "_opened": None}
 
 
 def bench_loader(sequence: int) -> None:
@@ -327,17 +219,20 @@ def synthetic_tokenizer() -> TokenizerRecord:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["tokenize", "loader", "order", "subset"])
+    parser.add_argument("what", choices=["tokenize", "stages", "loader", "order", "subset"])
     parser.add_argument("--text", type=Path, help="folder that `minherit data ingest` wrote")
     parser.add_argument("--tokenizer", nargs="+", default=[])
     parser.add_argument("--only", nargs="+", default=[], help="parts of the names of the cases to run")
+    parser.add_argument("--repeats", type=int, default=5, help="of tokenize and stages")
     parser.add_argument("--documents", nargs="+", type=lambda text: int(float(text)), default=[10**6, 10**7])
     parser.add_argument("--sequence-length", type=int, default=2048)
     parser.add_argument("--work", type=Path, help="where synthetic files go; 10^8 documents need 12 GB")
     args = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     if args.what == "tokenize":
-        bench_tokenize(args.text, args.tokenizer, args.only)
+        bench_tokenize(args.text, args.tokenizer, args.only, args.repeats)
+    elif args.what == "stages":
+        bench_stages(args.text, args.tokenizer, args.repeats)
     elif args.what == "loader":
         bench_loader(args.sequence_length)
     elif args.what == "order":
