@@ -16,19 +16,21 @@ from typing import Any
 
 from megatron_inherit.arch.model_config import ModelConfig
 from megatron_inherit.base.errors import CheckpointError
+from megatron_inherit.checkpoint.extents import Extent
 from megatron_inherit.checkpoint.formats.dcp_metadata import METADATA, Chunk, ChunkedTensor, Metadata
 from megatron_inherit.checkpoint.formats.megatron_args import OWN
 from megatron_inherit.checkpoint.formats.megatron_folder import iteration_name
 from megatron_inherit.checkpoint.formats.megatron_names import megatron_rows
 from megatron_inherit.checkpoint.formats.pickle_machine import Opaque
-from megatron_inherit.checkpoint.formats.pickle_reader import fields
-from megatron_inherit.checkpoint.formats.pt_writer import create_archives, lay_out
+from megatron_inherit.checkpoint.formats.pickle_reader import fields, mapped
+from megatron_inherit.checkpoint.formats.pt_writer import Blank, create_archives, lay_out
 from megatron_inherit.checkpoint.formats.torch_dist import Opened, find_prefix, opened, stacked_name
 from megatron_inherit.checkpoint.formats.torch_dist_sink import close
 from megatron_inherit.checkpoint.layout import PhysicalTensor, physical_tensors
 from megatron_inherit.checkpoint.stream import Source
 
 _KEPT = ("checkpoint_version", "content_metadata", "num_floating_point_operations_so_far")
+_OF_OPTIMIZER = ("optimizer", "opt_param_scheduler")
 _STATE = re.compile(r"(decoder\.layers\.)(\d+\.)?(.*_extra_state)/shard_(\d+)_(\d+)")
 
 
@@ -100,7 +102,7 @@ def link_checkpoint(links: Links, output: Path) -> Linked:
     name, files = iteration_name(links.iteration), links.names
     (output / name).mkdir()
     copied = _link(links.origin.folder, output / name, files)
-    common = _student_common(links.origin.common, links.config, links.iteration)
+    common = _student_common(links)
     create_archives(output / name / "common.pt", [lay_out("common.pt", common)])
     close(output, links.metadata, links.iteration)
     written = sum(entry.stat().st_size for entry in output.rglob("*") if entry.is_file() and entry.name not in files)
@@ -211,12 +213,24 @@ def _link(source: Path, target: Path, files: Iterable[str]) -> list[str]:
     return copied
 
 
-def _student_common(common: Mapping[str, Any], config: ModelConfig, iteration: int) -> dict[str, Any]:
-    """Rewrites what is not tensors: the depth in the args, and nothing of the teacher's run."""
+def _student_common(links: Links) -> dict[str, Any]:
+    """Rewrites what is not tensors: the depth in the args, and of the teacher's run the optimizer's settings alone."""
+    common, config, iteration = links.origin.common, links.config, links.iteration
     args = {**fields(common["args"])}
     args.update(num_layers=config.num_layers, iteration=iteration, consumed_train_samples=0, consumed_valid_samples=0)
     if "encoder_num_layers" in args:
         args["encoder_num_layers"] = config.num_layers
     args[OWN] = config.to_json()
-    kept = {name: common[name] for name in _KEPT if name in common}
+    names = _KEPT + (_OF_OPTIMIZER if any(key.startswith("optimizer.") for key in links.metadata.tensors) else ())
+    kept = {name: _writable(common[name]) for name in names if name in common}
     return {"args": Opaque(common["args"].kind, (), args), "iteration": iteration, **kept}
+
+
+def _writable(value: Any) -> Any:
+    """Puts the elements of tensors, such as a step count, in their places."""
+    if isinstance(value, Extent):
+        with mapped(Path(value.file)) as data:
+            return Blank(value.dtype, value.shape, bytes(data[value.offset : value.end]))
+    if isinstance(value, dict):
+        return {key: _writable(item) for key, item in value.items()}
+    return type(value)(map(_writable, value)) if isinstance(value, list | tuple) else value

@@ -192,11 +192,19 @@ def test_links_take_optimizer_state_along(tmp_path, dialect):
     whole = dataclasses.replace(metadata, tensors={**metadata.tensors, **state})
     (teacher / "release" / ".metadata").write_bytes(write_metadata(whole))
     (tmp_path / "student").mkdir()
+    common = torch.load(teacher / "release" / "common.pt", weights_only=False)
+    group = {"betas": (0.9, 0.95), "lr": 1e-4, "step": torch.tensor(7.0), "wd_mult": 1.0}
+    common["optimizer"] = {"optimizer": {"param_groups": [group]}, "param_state_sharding_type": "fully_reshardable"}
+    common["rng_state"] = "the teacher's"
+    torch.save(common, teacher / "release" / "common.pt")
     sources = sources_of(config, [3, 0])
     both = sources | {f"exp_avg:{name}": f"exp_avg:{origin}" for name, origin in sources.items()}
     link_checkpoint(plan_links(open_source(str(teacher)), config.with_layers(2), both), tmp_path / "student")
     with open_source(str(tmp_path / "student")) as source:
         found = read_arrays(source, optimizer=True)
+    written = torch.load(tmp_path / "student" / "release" / "common.pt", weights_only=False)
+    assert written["optimizer"] == common["optimizer"]
+    assert "rng_state" not in written
     assert len(found) == 2 * len(sources)
     for name, origin in sources.items():
         np.testing.assert_array_equal(found[f"exp_avg:{name}"], arrays[origin])
