@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_inherit.checkpoint import manifest, remote
 from megatron_inherit.checkpoint.compare import compare
@@ -79,6 +80,17 @@ def test_a_server_without_ranges_is_an_error(server, tmp_path, capsys):
     server.ranges = False
     assert main(["inherit", server.url, str(tmp_path / "student"), "--layers", "0"]) == 5
     assert "does not serve ranges" in capsys.readouterr().err
+
+
+def test_a_remote_bin_is_refused_with_what_to_do(folder, tmp_path, capsys):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.json").write_bytes((folder / "teacher" / "config.json").read_bytes())
+    torch.save({"lm_head.weight": torch.ones(2)}, tmp_path / "old" / "pytorch_model.bin")
+    with serving(tmp_path) as server:
+        assert main(["inherit", f"{server.address}/old", str(tmp_path / "student"), "--layers", "0"]) == 5
+    message = capsys.readouterr().err
+    assert "pytorch_model.bin is not safetensors" in message
+    assert "Download the folder" in message
 
 
 def test_a_missing_address(server, tmp_path, capsys):

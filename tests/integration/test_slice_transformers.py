@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from megatron_inherit.arch.tensors import enumerate_tensors
+from megatron_inherit.checkpoint import layout
 from megatron_inherit.checkpoint.detect import open_source
 from megatron_inherit.cli.main import main
 
@@ -95,6 +96,31 @@ def test_whole_teacher_gives_bitwise_equal_logits(teachers, tmp_path, name):
     assert main(["convert", str(teachers[name]), str(tmp_path / "copy")]) == 0
     found, expected = logits(load(tmp_path / "copy")), logits(load(teachers[name]))
     assert torch.equal(found, expected) if "scaled" not in name else torch.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if "-" not in name])
+def test_logits_survive_every_format(teachers, tmp_path, name):
+    formats = ["hf", "megatron", "torch_dist", "ds_universal", *(["meta"] if name == "llama" else [])]
+    expected = logits(load(teachers[name]))
+    for format in formats:
+        words = [] if format in ("hf", "ds_universal") else ["--tp", "2"]
+        assert main(["convert", str(teachers[name]), str(tmp_path / format), "--format", format, *words]) == 0
+        assert main(["convert", str(tmp_path / format), str(tmp_path / f"{format}.hf")]) == 0
+        assert (logits(load(tmp_path / f"{format}.hf")) - expected).abs().max() <= 1e-5, format
+
+
+def test_swapped_gates_show_in_the_logits(teachers, tmp_path, monkeypatch):
+    """The must-fail twin of the test above: [up; gate] in Megatron's fused matrix has the right shape."""
+    right = layout._runs
+
+    def swapped(tensor, index, tp):
+        return right(tensor, 1 - index if tensor.row.fuse == "concat_per_shard" else index, tp)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layout, "_runs", swapped)
+        assert main(["convert", str(teachers["llama"]), str(tmp_path / "m"), "--format", "megatron", "--tp", "2"]) == 0
+    assert main(["convert", str(tmp_path / "m"), str(tmp_path / "hf")]) == 0
+    assert (logits(load(tmp_path / "hf")) - logits(load(teachers["llama"]))).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("name", ["llama-tied-rope", "gpt2"])
