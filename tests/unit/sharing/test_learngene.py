@@ -110,7 +110,7 @@ def test_another_number_of_repeats_takes_the_same_stages(tmp_path, learngene):
                 assert values(made, f"layers.{after}.{name}") == values(source, f"layers.{before}.{name}")
 
 
-@pytest.mark.parametrize("format", ["hf", "megatron"])
+@pytest.mark.parametrize("format", ["hf", "meta", "megatron", "torch_dist", "ds_universal"])
 def test_descendants_are_ordinary_models_of_any_depth(tmp_path, learngene, format):
     with open_source(learngene) as source:
         for depth in (3, 4, 8):
