@@ -203,6 +203,7 @@ class SinkOptions:
         dialect: Format-specific variant, for instance ``legacy`` names of Megatron.
         iteration: Number in the names and trackers of training formats.
         optimizer: Optimizer tensors are written too.
+        adam: Adam's two betas and epsilon where they are known, else empty.
         hf_config: ``config.json`` to start from, for formats that carry one.
         side_files: Copied into the folder by formats that carry them.
     """
@@ -215,6 +216,7 @@ class SinkOptions:
     dialect: str = ""
     iteration: int = 0
     optimizer: bool = False
+    adam: tuple[float, ...] = ()
     hf_config: Mapping[str, Any] | None = None
     side_files: tuple[SideFile, ...] = ()
 

@@ -50,7 +50,7 @@ def settle_layout(layout: Layout, dtype: str | None, source: Source, *, optimize
     """Settles what the output's format or the optimizer's state dictates.
 
     A universal checkpoint holds fp32 weights. Moments are worth nothing without the number of steps behind them, which
-    travels as the iteration.
+    travels as the iteration; Adam's settings go along where they are known.
 
     Args:
         layout: As asked for.
@@ -60,9 +60,10 @@ def settle_layout(layout: Layout, dtype: str | None, source: Source, *, optimize
     """
     if layout.format == "ds_universal" and dtype is None:
         dtype = "F32"
-    if optimizer and not layout.iteration:
+    if optimizer:
         step = source.details.get("optimizer_step") or source.details.get("iteration") or 0
-        layout = dataclasses.replace(layout, iteration=int(step))
+        adam = tuple(source.details.get("adam") or ())
+        layout = dataclasses.replace(layout, iteration=layout.iteration or int(step), adam=adam)
     return layout, dtype
 
 

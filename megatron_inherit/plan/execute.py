@@ -73,6 +73,7 @@ def plan_sink(plan: TransferPlan, side_files: tuple[SideFile, ...] = ()) -> Sink
         max_shard_bytes=layout.max_shard_bytes,
         dialect=layout.dialect,
         iteration=layout.iteration,
+        adam=layout.adam,
         optimizer=any(":" in op.target for op in plan.ops),
         hf_config=plan.hf_config,
         side_files=side_files,

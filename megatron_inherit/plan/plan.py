@@ -71,6 +71,7 @@ class Layout:
     max_shard_bytes: int = 5_000_000_000
     dialect: str = ""
     iteration: int = 0
+    adam: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +145,7 @@ class TransferPlan:
         if fields.pop("version", None) != VERSION:
             raise PlanError("The plan was written by another version.", got=value.get("version"), expected=VERSION)
         fields["config"] = ModelConfig.from_json(fields["config"])
-        fields["layout"] = Layout(**fields["layout"])
+        fields["layout"] = Layout(**{**fields["layout"], "adam": tuple(fields["layout"].get("adam", ()))})
         fields["ops"] = tuple(op_from_json(op) for op in fields["ops"])
         if fields["origin"] is not None:
             origin = dict(fields["origin"]) | {"config": ModelConfig.from_json(fields["origin"]["config"])}

@@ -1,5 +1,7 @@
 """Megatron-Core is the oracle: it loads what we write, strictly, and we read what it writes (checks 8, 9, 10)."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -29,8 +31,15 @@ TOKENS = torch.randint(0, 130, (2, 16), generator=torch.Generator().manual_seed(
 LOADS = [("llama", "homogeneous", 2, 2), ("llama", "global", 2, 2), ("llama", "linked", 2, 2)]
 LOADS += [("qwen3", "homogeneous", 2, 2), ("gpt2", "homogeneous", 2, 2), ("gpt2", "global", 1, 1)]
 LOADS += [(family, "homogeneous", tp, 1) for family in CONFIGS for tp in (1, 2)]
+LOADS += [("llama", "optimizer", 2, 2), ("llama", "optimizer", 2, 1), ("gpt2", "optimizer", 1, 2)]
 LINKED = (3, 0)  # the student's layers; its checkpoint is links to the homogeneous one
 SAVES = [("llama", "homogeneous"), ("llama", "global")]
+
+
+def with_state(arrays):
+    """Optimizer state that tells which weight it belongs to."""
+    kinds = {"fp32": 0, "exp_avg": 1, "exp_avg_sq": 2}
+    return {f"{kind}:{name}": values + number for kind, number in kinds.items() for name, values in arrays.items()}
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +57,18 @@ def folder(tmp_path_factory):
             written.mkdir()
             teacher = torch_dist.open_source(str(folder / f"{family}.homogeneous"))
             link_checkpoint(plan_links(teacher, config, sources), written)
+        if dialect == "optimizer":  # no padding, whose moments are zeros
+            config = dataclasses.replace(config, vocab_size=256)
+            arrays = random_arrays(config)
+            legacy = folder / f"{family}.optimizer.legacy.{tp}.{pp}"
         if not legacy.exists():
             write_checkpoint(legacy, config, arrays, "megatron", tp=tp, pp=pp, dialect="local")
         if not written.exists():  # padded to 256 rows whatever the number of shards; Megatron loads it at any
             cut = 2 if dialect == "global" else 1
             layout = {"tp": cut, "vocab_multiple": 256 // cut, "dialect": dialect}
+            if dialect == "optimizer":
+                layout |= {"dialect": "", "optimizer": True, "iteration": 7, "adam": (0.8, 0.9, 1e-6)}
+                arrays |= with_state(arrays)
             write_checkpoint(written, config, arrays, "torch_dist", **layout)
         save = folder / f"{family}.core.{dialect}"
         saved = pp == 2 and (family, dialect) in SAVES
@@ -65,11 +81,12 @@ def folder(tmp_path_factory):
                 "tp": tp,
                 "pp": pp,
                 "global": dialect == "global",
-                "load": str(written / "release"),
+                "load": str(written / ("iter_0000007" if dialect == "optimizer" else "release")),
+                "optimizer": dialect == "optimizer",
                 "legacy": str(legacy),
                 "vocab_multiple": 128,
                 "vocab_tp": tp,
-                "logits": f"{family}.logits.{tp}" if pp == 1 else "",
+                "logits": f"{family}.logits.{tp}" if pp == 1 and dialect != "optimizer" else "",
                 "tokens": TOKENS,
                 "save": str(save) if saved else "",
                 "args": {name: value for name, value in args.items() if name != "params_dtype"},

@@ -76,16 +76,53 @@ def _run(case: dict, folder: Path) -> None:
     assert own.keys() == legacy.keys(), own.keys() ^ legacy.keys()
     for key, value in own.items():
         assert torch.equal(value, legacy[key]), key
-    if case.get("logits") and dist.get_rank() == 0:
+    if case.get("logits"):
         tokens = torch.tensor(case["tokens"])
         positions = torch.arange(tokens.shape[1]).expand_as(tokens)
         with torch.no_grad():
-            torch.save(model.eval()(tokens, positions, None), folder / case["logits"])
+            logits = model.eval()(tokens, positions, None)
+        if dist.get_rank() == 0:
+            torch.save(logits, folder / case["logits"])
+    if case.get("optimizer"):
+        _take_up(model, case, metadata)
     dist.barrier()
     if case.get("save"):
         common = {"args": argparse.Namespace(**case["args"]), "iteration": 5}
         dist_checkpointing.save({**model.sharded_state_dict(metadata=metadata), **common}, case["save"])
         dist.barrier()
+
+
+def _take_up(model, case: dict, metadata: dict) -> None:
+    """Megatron-Core's distributed optimizer resumes from what we wrote: moments 1 and 2 above the weights."""
+    import torch
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.validation import StrictHandling
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    buffers = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
+    wrapped = DistributedDataParallel(model.config, buffers, model)
+    options = OptimizerConfig(optimizer="adam", lr=1e-4, weight_decay=0.1, use_distributed_optimizer=True)
+    chained = get_megatron_optimizer(options, [wrapped])
+    sharding = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+    state = {"model": model.sharded_state_dict(metadata=metadata)}
+    state["optimizer"] = chained.sharded_state_dict(state["model"], is_loading=True, metadata=metadata | sharding)
+    loaded = dist_checkpointing.load(state, case["load"], strict=StrictHandling.RAISE_ALL)
+    chained.load_state_dict(loaded["optimizer"])
+    (inner,) = chained.chained_optimizers
+    shards = [entry["param_map"] for maps in inner.gbuf_ranges for kind in maps.values() for entry in kind]
+    seen = 0
+    for parameter, ranges in (pair for shard in shards for pair in shard.items()):
+        found = inner._get_main_param_and_optimizer_states(parameter)
+        weights = found["param"].detach()
+        assert torch.equal(weights, parameter.detach().flatten()[ranges["param"].start : ranges["param"].end])
+        assert torch.equal(found["exp_avg"], weights + 1)
+        assert torch.equal(found["exp_avg_sq"], weights + 2)
+        seen += weights.numel()
+    assert seen > 0
+    assert {float(state["step"]) for state in inner.optimizer.state.values()} == {7.0}
+    assert {group["betas"] for group in inner.optimizer.param_groups} == {(0.8, 0.9)}
+    assert len(inner.optimizer.param_groups) == 2
 
 
 def build(config: ModelConfig, case: dict):

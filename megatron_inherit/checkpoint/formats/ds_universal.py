@@ -14,11 +14,12 @@ import xxhash
 
 from megatron_inherit.base.errors import CheckpointError
 from megatron_inherit.checkpoint.extents import Extent
+from megatron_inherit.checkpoint.formats.adam import adam_of_config, adam_settings
 from megatron_inherit.checkpoint.formats.bind import bind_shards, in_order
 from megatron_inherit.checkpoint.formats.ds_model import find_config, find_rows, plain_names, tied_names
 from megatron_inherit.checkpoint.formats.ds_universal_sink import make_sink
 from megatron_inherit.checkpoint.formats.megatron_names import IGNORED
-from megatron_inherit.checkpoint.formats.pickle_reader import read_torch
+from megatron_inherit.checkpoint.formats.pickle_reader import fields, read_torch
 from megatron_inherit.checkpoint.layout import PhysicalTensor, check_names, physical_tensors
 from megatron_inherit.checkpoint.stream import Source, StoredTensor
 
@@ -63,6 +64,7 @@ def open_source(path: str) -> Source:
                 if kind == "fp32":
                     weights.update(found)
     details = {"iteration": states.get("global_steps", 0), "dialect": dialect, "optimizer_step": _step(here, wanted)}
+    details["adam"] = _adam(folder) or adam_of_config(states.get("ds_config"))
     identity = {name: xxhash.xxh3_128_hexdigest(repr(stored).encode()) for name, stored in weights.items()}
     return Source(
         "ds_universal",
@@ -110,6 +112,12 @@ def _read(file: Path, tensor: PhysicalTensor) -> Extent:
         raise CheckpointError(f"{file}: parameters made of uneven parts or experts are not supported.")
     shape = tensor.shape()
     return extent.reshaped(shape) if len(extent.shape) == 1 != len(shape) and extent.is_dense else extent
+
+
+def _adam(folder: Path) -> tuple[float, ...]:
+    """Reads Adam's settings where the parameter groups tell them."""
+    file = folder / "zero" / "optimizer_state.pt"
+    return adam_settings(fields(read_torch(file)).get("param_groups")) if file.is_file() else ()
 
 
 def _step(here: Mapping[str, Path], wanted: list[PhysicalTensor]) -> int:

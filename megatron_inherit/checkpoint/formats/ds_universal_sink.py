@@ -109,6 +109,13 @@ def _entry(tensor: PhysicalTensor, *, zeros: bool) -> dict[str, Any]:
     return entry
 
 
+def _config(options: SinkOptions) -> dict[str, Any]:
+    """Keeps Adam's settings, which our reader looks for; DeepSpeed's loaders do not."""
+    if not options.adam:
+        return {}
+    return {"optimizer": {"type": "Adam", "params": {"betas": options.adam[:2], "eps": options.adam[2]}}}
+
+
 def _states(folder: str, rows: tuple[LayoutRow, ...], config: ModelConfig, options: SinkOptions) -> dict[str, Archive]:
     """Lays out the files beside the parameters, as far as DeepSpeed's loaders ask for them."""
     shapes = {
@@ -129,7 +136,7 @@ def _states(folder: str, rows: tuple[LayoutRow, ...], config: ModelConfig, optio
         "global_samples": 0,
         "dp_world_size": 1,
         "mp_world_size": 1,
-        "ds_config": {},
+        "ds_config": _config(options),
         "ds_version": _VERSION,
         "universal_checkpoint_info": {"universal_checkpoint_version": _INFO_VERSION},
     }

@@ -20,6 +20,7 @@ import xxhash
 from megatron_inherit.arch.model_config import ModelConfig
 from megatron_inherit.base.errors import CheckpointError
 from megatron_inherit.checkpoint.extents import Extent, Piece, flat_pieces
+from megatron_inherit.checkpoint.formats.adam import adam_of_config, adam_settings
 from megatron_inherit.checkpoint.formats.bind import bind_pieces, in_order
 from megatron_inherit.checkpoint.formats.ds_model import find_config, find_rows, tied_names
 from megatron_inherit.checkpoint.formats.ds_universal import KINDS, read_number
@@ -43,6 +44,7 @@ class _Rank:
     world: int
     flats: Mapping[str, Sequence[Extent]]
     step: int
+    adam: tuple[float, ...]
 
 
 def detect(path: str) -> bool:
@@ -80,6 +82,7 @@ def open_source(path: str) -> Source:
         "tp": len(grid),
         "dialect": dialect,
         "optimizer_step": first.step,
+        "adam": first.adam or adam_of_config(states[0].get("ds_config")),
     }
     content = repr([(rank.file.name, rank.file.stat().st_size, rank.step) for ranks in grid for rank in ranks])
     identity = {"optim_states": xxhash.xxh3_128_hexdigest(content.encode())}
@@ -157,7 +160,7 @@ def _read_rank(file: Path) -> _Rank:
     for kind_name, arrays in flats.items():
         if not all(isinstance(array, Extent) and array.is_dense for array in arrays):
             raise CheckpointError(f"{file}: {kind_name} is not a list of flat tensors.")
-    return _Rank(file, stage, int(world), flats, step)
+    return _Rank(file, stage, int(world), flats, step, adam_settings(state[base].get("param_groups")))
 
 
 def _model_states(folder: Path, mp: int, stage: int) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from typing import Any
 
 from megatron_inherit.arch.model_config import ModelConfig
 from megatron_inherit.base.atomic import write_bytes, write_json
-from megatron_inherit.base.errors import UsageError
+from megatron_inherit.base.errors import CheckpointError, UsageError
 from megatron_inherit.checkpoint.extents import Piece
-from megatron_inherit.checkpoint.formats.bind import common_dtype, in_order
+from megatron_inherit.checkpoint.formats.bind import common_dtype
 from megatron_inherit.checkpoint.formats.dcp_metadata import (
     METADATA,
     Blob,
@@ -40,6 +40,13 @@ BACKEND = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
+_SHARDING = "fully_reshardable"
+_STATES = {
+    "fp32:": "optimizer.state.param.",
+    "exp_avg:": "optimizer.state.exp_avg.",
+    "exp_avg_sq:": "optimizer.state.exp_avg_sq.",
+}
+"""Kind of our names -> what Megatron-Core's distributed optimizer puts before a model key."""
 _WITH_STATE = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
@@ -78,9 +85,10 @@ def make_sink(config: ModelConfig, dtypes: Mapping[str, str], options: SinkOptio
     dialect = options.dialect or "homogeneous"
     if dialect not in ("homogeneous", "global"):
         raise UsageError(f"Unknown torch_dist dialect {dialect!r}.", expected="homogeneous or global")
-    if options.optimizer:
-        raise UsageError(
-            "Optimizer state is not written to torch_dist.", fix="Use --format ds_universal, or --zero-copy slicing."
+    if options.optimizer and not options.adam:
+        raise CheckpointError(
+            "The checkpoint does not tell Adam's betas, which Megatron reads beside the optimizer state.",
+            fix="Write --format ds_universal, which needs none, or leave --optimizer keep out.",
         )
     stacked = dialect == "homogeneous"
     padded = padded_vocab_size(config.vocab_size, options.tp, options.vocab_multiple)
@@ -103,7 +111,8 @@ def make_sink(config: ModelConfig, dtypes: Mapping[str, str], options: SinkOptio
             patch_checksums(root / folder / file.name, _records(file))
         close(root, metadata, options.iteration)
 
-    return Sink("torch_dist", config, in_order(config, tensors), sizes, prepare, finish)
+    ordered = {name: tensors[name] for name in dtypes if name in tensors}
+    return Sink("torch_dist", config, ordered, sizes, prepare, finish)
 
 
 def _place(
@@ -121,18 +130,21 @@ def _place(
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
     tensors: dict[str, StoredTensor] = {}
     for tensor in physical_tensors(megatron_rows(config, "te", gate_up="concat"), config):
-        stage, dtype, key = _stage(tensor, places, options), common_dtype(tensor, dtypes), _key(tensor, stacked)
+        stage = _stage(tensor, places, options)
         lead = (tensor.layer,) if stacked and tensor.layer is not None else ()
         shape = tensor.shape(padded_vocab=padded)
-        shapes[key] = dtype, (config.num_layers, *shape) if lead else shape
-        pieces = []
-        for rank, start, size in _boxes(tensor, shape, options.tp):
-            blob, archive = files[stage * options.tp + rank].add(Blank(dtype, (1, *size) if lead else size))
-            extent = archive.extents[0]
-            chunks.setdefault(key, []).append(Chunk((*lead, *start), extent.shape, blob))
-            pieces.append(Piece(start, extent.index(0) if lead else extent))
-        found = tensor.map(pieces)
-        tensors.update({part.name: StoredTensor(part.shape, dtype, found[part.name]) for part in tensor.parts})
+        for kind in ("", *_STATES) if options.optimizer else ("",):
+            key = _STATES.get(kind, "") + _key(tensor, stacked)
+            dtype = "F32" if kind else common_dtype(tensor, dtypes)
+            shapes[key] = dtype, (config.num_layers, *shape) if lead else shape
+            pieces = []
+            for rank, start, size in _boxes(tensor, shape, options.tp):
+                blob, archive = files[stage * options.tp + rank].add(Blank(dtype, (1, *size) if lead else size))
+                extent = archive.extents[0]
+                chunks.setdefault(key, []).append(Chunk((*lead, *start), extent.shape, blob))
+                pieces.append(Piece(start, extent.index(0) if lead else extent))
+            found = tensor.map(pieces)
+            tensors |= {kind + part.name: StoredTensor(part.shape, dtype, found[part.name]) for part in tensor.parts}
     return tensors, {key: ChunkedTensor(*shapes[key], tuple(found)) for key, found in chunks.items()}
 
 
@@ -149,13 +161,27 @@ def _records(file: _File) -> list[Record]:
 
 
 def _common(args: dict[str, Any], options: SinkOptions, stacked: bool) -> dict[str, Any]:
-    return {
+    content: dict[str, Any] = {"singleton_local_shards": False, "non_homogeneous_layers": not stacked}
+    common: dict[str, Any] = {
         "args": Opaque(Global("argparse", "Namespace"), (), args),
         "checkpoint_version": 3.0,
         "iteration": options.iteration,
         "num_floating_point_operations_so_far": 0,
-        "content_metadata": {"singleton_local_shards": False, "non_homogeneous_layers": not stacked},
+        "content_metadata": content,
     }
+    if options.optimizer:
+        content |= {"distrib_optim_sharding_type": _SHARDING, "chained_optim_avoid_prefix": True}
+        groups = [_group(options, decay) for decay in (1.0, 0.0)]
+        common["optimizer"] = {"optimizer": {"param_groups": groups}, "param_state_sharding_type": _SHARDING}
+    return common
+
+
+def _group(options: SinkOptions, decay: float) -> dict[str, Any]:
+    """Gives a parameter group of Megatron's Adam; its scheduler sets the learning rate and the weight decay anew."""
+    beta1, beta2, eps = options.adam
+    marks = {"wd_mult": decay, "lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False}
+    settings = {"lr": 0.0, "betas": (beta1, beta2), "eps": eps, "weight_decay": 0.0, "bias_correction": True}
+    return {**settings, **marks, "step": options.iteration}
 
 
 def _state_keys(num_layers: int, stacked: bool) -> list[str]:

@@ -17,10 +17,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_inherit.base.errors import CheckpointError
+from megatron_inherit.checkpoint import detect
 from megatron_inherit.checkpoint.formats import torch_dist
 from megatron_inherit.checkpoint.formats.dcp_metadata import read_metadata, write_metadata
 from megatron_inherit.checkpoint.formats.torch_dist_link import link_checkpoint, plan_links
+from megatron_inherit.inherit.inheritune import plan_inheritance
 from megatron_inherit.plan.convert import plan_conversion
+from megatron_inherit.plan.execute import execute
+from megatron_inherit.plan.plan import Layout
 from tests.support.checkpoints import (
     FAMILIES,
     assert_equal,
@@ -208,6 +212,61 @@ def test_links_take_optimizer_state_along(tmp_path, dialect):
     assert len(found) == 2 * len(sources)
     for name, origin in sources.items():
         np.testing.assert_array_equal(found[f"exp_avg:{name}"], arrays[origin])
+
+
+class TestOptimizer:
+    """Moments go from a universal checkpoint to torch_dist and back, sliced and cut on the way."""
+
+    @pytest.fixture
+    def universal(self, tmp_path):
+        arrays = numbered_arrays(llama())
+        kinds = enumerate(("fp32", "exp_avg", "exp_avg_sq"), 1)
+        state = {f"{kind}:{name}": values + number for number, kind in kinds for name, values in arrays.items()}
+        options = {"optimizer": True, "iteration": 7, "adam": (0.9, 0.95, 1e-8)}
+        return write_checkpoint(tmp_path / "universal", llama(), arrays | state, "ds_universal", **options)
+
+    @pytest.mark.parametrize("dialect", ["homogeneous", "global"])
+    def test_there_and_back(self, universal, tmp_path, dialect):
+        layout = Layout(format="torch_dist", tp=4, pp=2, dialect=dialect)
+        with detect.open_source(universal) as source:
+            expected = read_arrays(source, optimizer=True)
+            execute(plan_conversion(source, layout=layout, optimizer=True), tmp_path / "megatron", source=source)
+        with open_source(str(tmp_path / "megatron")) as source:
+            found = read_arrays(source, optimizer=True)
+            assert_equal(dict(sorted(found.items())), dict(sorted(expected.items())))
+            plan = plan_conversion(source, layout=Layout(format="ds_universal"), optimizer=True)
+            execute(plan, tmp_path / "back", source=source)
+        for path in sorted(universal.rglob("*.pt")):
+            assert (tmp_path / "back" / path.relative_to(universal)).read_bytes() == path.read_bytes(), path
+
+    def test_slices_take_their_state_along(self, universal, tmp_path):
+        with detect.open_source(universal) as source:
+            teacher = read_arrays(source, optimizer=True)
+            layout = Layout(format="torch_dist", tp=2)
+            plan = plan_inheritance(source, layers=[3, 0], reset=["final_norm"], layout=layout, optimizer=True)
+            execute(plan, tmp_path / "student", source=source)
+        with open_source(str(tmp_path / "student")) as source:
+            found = read_arrays(source, optimizer=True)
+            assert source.details["iteration"] == 7
+        key = "exp_avg_sq:layers.{}.mlp.down.weight"
+        np.testing.assert_array_equal(found[key.format(0)], teacher[key.format(3)])
+        assert (found["fp32:final_norm.weight"] == 1).all()
+        assert not found["exp_avg:final_norm.weight"].any()
+        common = torch.load(tmp_path / "student" / "iter_0000007" / "common.pt", weights_only=False)
+        groups = common["optimizer"]["optimizer"]["param_groups"]
+        assert [(group["wd_mult"], group["betas"], group["step"]) for group in groups] == [
+            (1.0, (0.9, 0.95), 7),
+            (0.0, (0.9, 0.95), 7),
+        ]
+
+    def test_unknown_settings_of_adam_are_refused(self, universal, tmp_path):
+        states = torch.load(universal / "global_step7" / "mp_rank_00_model_states.pt", weights_only=False)
+        torch.save(states | {"ds_config": {}}, universal / "global_step7" / "mp_rank_00_model_states.pt")
+        with detect.open_source(universal) as source:
+            plan = plan_conversion(source, layout=Layout(format="torch_dist"), optimizer=True)
+            with pytest.raises(CheckpointError, match="Adam's betas"):
+                execute(plan, tmp_path / "out", source=source)
+        assert not (tmp_path / "out").exists()
 
 
 class TestRefusals:
