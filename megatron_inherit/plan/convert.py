@@ -8,12 +8,15 @@ from typing import Any
 
 from megatron_inherit.arch.model_config import ModelConfig
 from megatron_inherit.arch.tensors import enumerate_tensors
-from megatron_inherit.base.errors import CheckpointError, PlanError
+from megatron_inherit.base.errors import CheckpointError, PlanError, UsageError
 from megatron_inherit.checkpoint.formats.hf_config import student_config, write_config
 from megatron_inherit.checkpoint.provenance import read_provenance
 from megatron_inherit.checkpoint.stream import Source, StoredTensor
 from megatron_inherit.plan.ops import Copy
 from megatron_inherit.plan.plan import Layout, Origin, TransferPlan
+
+WITH_OPTIMIZER = ("ds_universal", "torch_dist")
+"""Formats whose sinks take fp32 weights and moments."""
 
 
 def plan_conversion(
@@ -57,7 +60,15 @@ def settle_layout(layout: Layout, dtype: str | None, source: Source, *, optimize
         dtype: As asked for.
         source: The checkpoint.
         optimizer: Its optimizer state is taken along.
+
+    Raises:
+        UsageError: The format has no place for optimizer state.
     """
+    if optimizer and source.optimizer and layout.format not in WITH_OPTIMIZER:
+        raise UsageError(
+            f"The format {layout.format} holds weights only.",
+            fix=f"Leave --optimizer keep out, or write --format {' or '.join(WITH_OPTIMIZER)}.",
+        )
     if layout.format == "ds_universal" and dtype is None:
         dtype = "F32"
     if optimizer:

@@ -21,6 +21,7 @@ from megatron_inherit.checkpoint import detect
 from megatron_inherit.checkpoint.formats import torch_dist
 from megatron_inherit.checkpoint.formats.dcp_metadata import read_metadata, write_metadata
 from megatron_inherit.checkpoint.formats.torch_dist_link import link_checkpoint, plan_links
+from megatron_inherit.cli.main import main
 from megatron_inherit.inherit.inheritune import plan_inheritance
 from megatron_inherit.plan.convert import plan_conversion
 from megatron_inherit.plan.execute import execute
@@ -258,6 +259,12 @@ class TestOptimizer:
             (1.0, (0.9, 0.95), 7),
             (0.0, (0.9, 0.95), 7),
         ]
+
+    @pytest.mark.parametrize("format", ["hf", "meta", "megatron"])
+    def test_formats_of_weights_alone_are_refused(self, universal, tmp_path, format, capsys):
+        words = ["convert", str(universal), str(tmp_path / "out"), "--format", format, "--optimizer", "keep"]
+        assert main(words) == 2
+        assert f"The format {format} holds weights only" in capsys.readouterr().err
 
     def test_unknown_settings_of_adam_are_refused(self, universal, tmp_path):
         states = torch.load(universal / "global_step7" / "mp_rank_00_model_states.pt", weights_only=False)
