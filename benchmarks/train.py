@@ -198,6 +198,10 @@ def run_cpu(args: argparse.Namespace) -> None:
 
 def run_gpu(args: argparse.Namespace) -> None:
     """Runs each arm in its own process and appends one row an arm."""
+    if not args.toy and not torch.cuda.is_available():
+        print("train.py gpu needs one CUDA GPU with 80 GB of memory or more; --toy runs the same code anywhere.")
+        print("pip install 'megatron-inherit[megatron,deepspeed,kernels,hf,rivals]' brings all arms.")
+        raise SystemExit(2)
     rows = []
     for arm in args.arms:
         words = [sys.executable, __file__, "gpu-arm", arm, *(["--toy"] if args.toy else []), "--steps", str(args.steps)]
@@ -210,7 +214,7 @@ def run_gpu(args: argparse.Namespace) -> None:
     speeds = {row["arm"]: row["tokens_per_s"] for row in rows}
     if "trainer" in speeds and "megatron" in speeds:
         print(f"megatron engine / Hugging Face trainer: {speeds['megatron'] / speeds['trainer']:.2f}")
-    if args.toy or not torch.cuda.is_available():
+    if args.toy:
         print("No row was written: this is no GPU measurement.")
         return
     append_rows("train_gpu", rows)
