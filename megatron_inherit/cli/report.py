@@ -43,11 +43,12 @@ def _print_arms(paths: list[Path]) -> None:
     from rich.table import Table
 
     from megatron_inherit.base.quantities import format_count, format_seconds
-    from megatron_inherit.eval.run_facts import arms_of
+    from megatron_inherit.eval.groups import group_runs
+    from megatron_inherit.eval.run_facts import arms_of_groups
     from megatron_inherit.eval.runs import find_runs
 
     table = Table("run", "blocks", "tokens", "loss at step 0", "final loss", "to random", "tokens/s", "time")
-    for arm in arms_of(find_runs(paths)):
+    for arm in arms_of_groups(group_runs(find_runs(paths))):
         table.add_row(
             arm.label,
             str(arm.layers or ""),

@@ -98,11 +98,15 @@ class Group:
         return [statistics.fmean(values) for values in zip(*(losses for losses in kept if losses), strict=True)]
 
     def reaches(self, loss: float) -> float | None:
-        """Gives the step at which the mean curve first comes down to a loss, or None."""
+        """Gives the step at which the mean curve first comes down to a loss, or None.
+
+        Between two evaluations the curve is a straight line; before the first one after the start it is steep and
+        unknown, so that no earlier step is given than that one's.
+        """
         before: tuple[int, float] | None = None
         for step, value in zip(self.steps, self.losses, strict=True):
             if value <= loss:
-                if before is None or before[1] <= loss:
+                if before is None or before[0] == self.steps[0] or before[1] <= loss:
                     return float(step)
                 return before[0] + (step - before[0]) * (before[1] - loss) / (before[1] - value)
             before = (step, value)
@@ -125,13 +129,29 @@ def gap(group: Group, control: Group) -> Estimate:
     return Estimate(mean, None if math.isnan(error) else error, seeds)
 
 
-def sooner(group: Group, control: Group) -> float | None:
-    """Gives how many times fewer steps an arm needs for the control's final loss; None where it never gets there."""
-    reached = group.reaches(control.losses[-1])
-    needed = control.reaches(control.losses[-1])
+@dataclass(frozen=True)
+class Sooner:
+    """How many times fewer steps an arm needs for the control's final loss.
+
+    Attributes:
+        times: The ratio.
+        at_least: The arm was there at its first evaluation after the start, so that the ratio is a lower bound.
+    """
+
+    times: float
+    at_least: bool
+
+    def __str__(self) -> str:
+        return f"{'≥' if self.at_least else ''}{self.times:.1f}x"
+
+
+def sooner(group: Group, control: Group) -> Sooner | None:
+    """Compares the steps that two arms need for the control's final loss; None where the first never gets there."""
+    reached, needed = group.reaches(control.losses[-1]), control.reaches(control.losses[-1])
     if reached is None or needed is None:
         return None
-    return math.inf if reached == 0 else needed / reached
+    first = group.steps[min(1, len(group.steps) - 1)]
+    return Sooner(needed / max(reached, first), at_least=reached <= first)
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:

@@ -19,8 +19,9 @@ from megatron_inherit.base.atomic import write_bytes, write_text
 from megatron_inherit.base.quantities import format_bytes, format_count, format_seconds
 from megatron_inherit.eval import plots
 from megatron_inherit.eval.analysis_charts import Drawing, drawings_of
+from megatron_inherit.eval.groups import Group, group_runs
 from megatron_inherit.eval.layer_map import LayerMap, map_of
-from megatron_inherit.eval.run_facts import Arm, Machine, arms_of, machine_of
+from megatron_inherit.eval.run_facts import Arm, Machine, arms_of_groups, machine_of
 from megatron_inherit.eval.runs import Run, find_runs, read_json
 from megatron_inherit.eval.task_table import task_tables
 
@@ -94,10 +95,11 @@ def render(
     evaluations: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """Gives the page's HTML; nothing in it is fetched from elsewhere."""
-    arms = arms_of(runs)
-    students = [run for run, arm in zip(runs, arms, strict=True) if not arm.is_teacher]
+    groups = group_runs(runs)
+    arms = arms_of_groups(groups)
+    students = [group for group, arm in zip(groups, arms, strict=True) if not arm.is_teacher]
     teacher = next(((arm.label, arm.loss) for arm in arms if arm.is_teacher and arm.loss is not None), None)
-    maps = _maps(runs)
+    maps = _maps(groups)
     page = {
         "title": title or _title(runs, maps),
         "subtitle": f"{len(runs)} runs" if len(runs) > 1 else str(runs[0].path),
@@ -106,6 +108,7 @@ def render(
         "arms": arms,
         "comparable": len({arm.fingerprint for arm in arms if arm.fingerprint}) <= 1,
         "baseline": next((arm.label for arm in arms if arm.is_baseline), None),
+        "several_seeds": any(arm.seeds > 1 for arm in arms),
         "show_blocks": _differs([arm.layers for arm in arms]),
         "show_parameters": len(arms) == 1 and arms[0].parameters is not None,
         "colors": _colors(arms),
@@ -122,15 +125,16 @@ def render(
         "formula": MFU_FORMULAS.get(arms[0].mfu_formula, arms[0].mfu_formula),
         "price": price,
         "costs": [(budget, _cost(arm, budget, price)) for arm in arms[:1] for budget in LONG_BUDGETS],
-        "commands": [(run.label, *_commands(run)) for run in runs],
-        "recipes": [(run.label, _recipe_text(run)) for run in runs if run.recipe],
+        "commands": [(group.label, *_commands(group.runs[0])) for group in groups],
+        "recipes": [(group.label, _recipe_text(group.runs[0])) for group in groups if group.runs[0].recipe],
     }
     return _environment().get_template("report.html.j2").render(page)
 
 
 def picture_of(runs: Sequence[Run]) -> bytes:
     """Gives a PNG with the curves of the arms and their table."""
-    arms = arms_of(runs)
+    groups = group_runs(runs)
+    arms = arms_of_groups(groups)
     header = ("arm", "start", "final loss", "bits/byte", "tokens", "tokens/s", "wall time")
     rows = [
         (
@@ -144,7 +148,7 @@ def picture_of(runs: Sequence[Run]) -> bytes:
         )
         for arm in arms
     ]
-    students = [run for run, arm in zip(runs, arms, strict=True) if not arm.is_teacher]
+    students = [group for group, arm in zip(groups, arms, strict=True) if not arm.is_teacher]
     teacher = next(((arm.label, arm.loss) for arm in arms if arm.is_teacher and arm.loss is not None), None)
     return plots.to_png(plots.curves_and_table(_eval_curves(students), header, rows, reference=teacher))
 
@@ -194,39 +198,36 @@ def _title(runs: Sequence[Run], maps: Sequence[tuple[str, str, LayerMap]]) -> st
     return runs[0].label if len(runs) == 1 else runs[0].path.resolve().parent.name
 
 
-def _maps(runs: Sequence[Run]) -> list[tuple[str, str, LayerMap]]:
-    """Draws each different inheritance once: label of the first run that has it, teacher's name, picture."""
+def _maps(groups: Sequence[Group]) -> list[tuple[str, str, LayerMap]]:
+    """Draws each different inheritance once: label of the first arm that has it, teacher's name, picture."""
     seen: dict[str, tuple[str, str, LayerMap]] = {}
-    for run in runs:
-        found = map_of(run.inheritance)
+    for group in groups:
+        found = map_of(group.runs[0].inheritance)
         if found is not None and found[1].links:
             teacher, drawing = found
-            seen.setdefault(repr((teacher, drawing.boxes, drawing.links)), (run.label, teacher, drawing))
+            seen.setdefault(repr((teacher, drawing.boxes, drawing.links)), (group.label, teacher, drawing))
     return list(seen.values())
 
 
-def _eval_curves(runs: Sequence[Run]) -> list[plots.Curve]:
-    return [
-        plots.Curve(
-            run.label,
-            [row["tokens"] for row in run.evals],
-            [row["loss"] for row in run.evals],
-            [row.get("stderr") for row in run.evals],
-        )
-        for run in runs
-        if run.evals
-    ]
-
-
-def _train_curves(runs: Sequence[Run], points: int = 120) -> list[plots.Curve]:
-    """Means of equal stretches of steps, so that noise and length do not fill the page."""
+def _eval_curves(groups: Sequence[Group]) -> list[plots.Curve]:
     curves = []
-    for run in runs:
+    for group in groups:
+        if group.steps:
+            errors = [row.get("stderr") for row in group.runs[0].evals] if len(group.runs) == 1 else group.seed_errors
+            curves.append(plots.Curve(group.label, group.tokens, group.losses, errors))
+    return curves
+
+
+def _train_curves(groups: Sequence[Group], points: int = 120) -> list[plots.Curve]:
+    """Means of equal stretches of steps, so that noise and length do not fill the page; of an arm's first run."""
+    curves = []
+    for group in groups:
+        run = group.runs[0]
         size = max(1, math.ceil(len(run.train) / points))
         chunks = [run.train[start : start + size] for start in range(0, len(run.train), size)]
         x = [chunk[-1]["tokens"] for chunk in chunks]
         y = [math.fsum(row["loss"] for row in chunk) / len(chunk) for chunk in chunks]
-        curves.append(plots.Curve(run.label, x, y))
+        curves.append(plots.Curve(group.label, x, y))
     return [curve for curve in curves if curve.x]
 
 
@@ -234,12 +235,13 @@ def _loss(arm: Arm) -> float:
     return math.inf if arm.loss is None else arm.loss
 
 
-def _loss_charts(runs: Sequence[Run], teacher: tuple[str, float] | None) -> list[Chart]:
+def _loss_charts(groups: Sequence[Group], teacher: tuple[str, float] | None) -> list[Chart]:
     charts = []
-    if curves := _eval_curves(runs):
-        note = "Fixed windows, the same for every arm. Bands: one standard error over the windows."
+    if curves := _eval_curves(groups):
+        over = "seeds" if any(len(group.runs) > 1 for group in groups) else "windows"
+        note = f"Fixed windows, the same for every arm. Bands: one standard error over the {over}."
         charts.append(_chart("Validation loss", note, plots.loss_curves, curves, reference=teacher))
-    if curves := _train_curves(runs):
+    if curves := _train_curves(groups):
         note = "Mean over equal stretches of steps, before each update."
         charts.append(_chart("Training loss", note, plots.loss_curves, curves, ylabel="training loss (nats)"))
     return charts
@@ -250,11 +252,13 @@ def _sweep_chart(arms: Sequence[Arm]) -> list[Chart]:
     groups: dict[str, list[tuple[float, float, float | None]]] = {}
     for arm in arms:
         if arm.layers is not None and arm.loss is not None:
-            groups.setdefault(arm.init, []).append((arm.layers, arm.loss, arm.stderr))
+            groups.setdefault(arm.init, []).append((arm.layers, arm.loss, arm.seed_stderr or arm.stderr))
     groups = {name: values for name, values in groups.items() if len({x for x, _, _ in values}) >= 3}
     if not groups:
         return []
-    note = "Final validation loss of each depth; bars: one standard error over the windows."
+    note = (
+        "Final validation loss of each depth; bars: one standard error over the seeds, of single runs over the windows."
+    )
     return [_chart("Depth", note, plots.points, groups, xlabel="blocks of the student", ylabel="loss (nats)")]
 
 

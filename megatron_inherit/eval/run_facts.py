@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_inherit.eval.groups import Group
 from megatron_inherit.eval.runs import Run
 
 
@@ -25,6 +27,8 @@ class Arm:
         fingerprint: Of the evaluation windows.
         is_baseline: The randomly initialised arm, to which gaps are taken.
         is_teacher: Another arm's student was cut from it.
+        seeds: Runs of the arm, whose means these figures are.
+        seed_stderr: Standard error of ``loss`` over them, or None for one run.
     """
 
     label: str
@@ -47,6 +51,8 @@ class Arm:
     gap: float | None = None
     is_baseline: bool = False
     is_teacher: bool = False
+    seeds: int = 1
+    seed_stderr: float | None = None
 
     @property
     def device_hours(self) -> float | None:
@@ -63,7 +69,39 @@ class Machine:
 
 def arms_of(runs: Sequence[Run]) -> list[Arm]:
     """Tabulates runs; gaps are taken to the random arm, by arms of its depth on the same evaluation windows."""
-    arms = [dataclasses.replace(_arm(run), is_teacher=any(run.is_teacher_of(other) for other in runs)) for run in runs]
+    return _compared([_with_role(run, runs) for run in runs])
+
+
+def arms_of_groups(groups: Sequence[Group]) -> list[Arm]:
+    """Tabulates arms of several seeds each: means over the seeds, the time of all of them."""
+    runs = [run for group in groups for run in group.runs]
+    return _compared([_merged(group, [_with_role(run, runs) for run in group.runs]) for group in groups])
+
+
+def _merged(group: Group, arms: Sequence[Arm]) -> Arm:
+    first = dataclasses.replace(arms[0], label=group.label)
+    if len(arms) == 1:
+        return first
+    means: dict[str, Any] = {
+        name: statistics.fmean(values) if None not in (values := [getattr(arm, name) for arm in arms]) else None
+        for name in ("start_loss", "loss", "bits_per_byte", "perplexity", "tokens_per_second", "mfu")
+    }
+    seconds = [arm.seconds for arm in arms if arm.seconds is not None]
+    return dataclasses.replace(
+        first,
+        **means,
+        stderr=first.stderr if group.final.windows is None else group.final.windows,
+        seconds=sum(seconds) if seconds else None,
+        seeds=len(arms),
+        seed_stderr=group.final.seeds,
+    )
+
+
+def _with_role(run: Run, runs: Sequence[Run]) -> Arm:
+    return dataclasses.replace(_arm(run), is_teacher=any(run.is_teacher_of(other) for other in runs))
+
+
+def _compared(arms: list[Arm]) -> list[Arm]:
     random = [arm for arm in arms if arm.init == "random" and arm.loss is not None]
     baseline = max(random, key=lambda arm: _comparable(arm, arms), default=None)
     if baseline is None or _comparable(baseline, arms) < 2:

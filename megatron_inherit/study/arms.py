@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -52,7 +52,17 @@ logger = get_logger(__name__)
 CONSOLE = "console.log"
 POLL_SECONDS = 0.2
 _ERRORS = (UsageError, ConfigError, DataError, CheckpointError, DivergedError, DiskError, PreemptedError)
-_WITHOUT_EFFECT = ("run.name", "checkpoint", "logging", "guard", "train.stop_after", "data.verify", "eval.micro_batch")
+_PATHS = ("model.path", "distill.teacher", "distill.cache")
+_WITHOUT_EFFECT = (
+    "run.name",
+    "run.output",
+    "checkpoint",
+    "logging",
+    "guard",
+    "train.stop_after",
+    "data.verify",
+    "eval.micro_batch",
+)
 """Keys, and sections, that change no figure of a run."""
 _CHILD = """
 import ctypes, runpy, signal, sys
@@ -251,13 +261,21 @@ def _refuse_other(config: RunConfig, folder: Path) -> None:
         return
     before, now = (flatten(yaml.safe_load(text) or {}) for text in (path.read_text(), to_yaml(config)))
     for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key) and not key.startswith(_WITHOUT_EFFECT):
+        if before.get(key) == now.get(key) or key.startswith(_WITHOUT_EFFECT):
+            continue
+        if key not in _PATHS or _from_run(before, key) != _from_run(now, key):
             raise ConfigError(
                 f"{folder} holds a run of another recipe: {key} differs.",
                 got=before.get(key),
                 expected=now.get(key),
                 fix="Choose another folder, or delete that one.",
             )
+
+
+def _from_run(values: Mapping[str, Any], key: str) -> str | None:
+    """Gives a path as seen from the run's folder, so that a study's folder may be moved or named otherwise."""
+    value = values.get(key)
+    return None if value is None else os.path.relpath(value, values["run.output"])
 
 
 def _error_of(folder: Path, code: int, *, stopped: bool) -> MinheritError:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_inherit.base.errors import DataError, UsageError
-from megatron_inherit.eval.groups import Estimate, Group, gap, require_same_windows, sooner
+from megatron_inherit.eval.groups import Estimate, Group, Sooner, gap, require_same_windows, sooner
 from megatron_inherit.eval.runs import METRICS, Run, load_run, read_json
 from megatron_inherit.study.arms import is_finished
 from megatron_inherit.study.schema import ClaimSection, Study, load_study
@@ -27,15 +27,16 @@ class Line:
 
     Attributes:
         arm: Its name.
-        layers: Blocks of the origin it takes, where it takes whole ones.
+        layers: Blocks of the origin of which it takes something.
         seeds: Of its runs.
         steps: Of each.
         parameters: Of its model.
         start: Mean loss before training.
         marks: Mean losses at ``MARKS``.
         final: Loss at the end.
-        gap: To the control at its end; None for the control.
+        gap: To the control at its end; None for the control, and while that has not finished.
         sooner: Times fewer steps than the control for the control's final loss; None where it never gets there.
+        is_control: Gaps are taken to it.
     """
 
     arm: str
@@ -47,7 +48,8 @@ class Line:
     marks: tuple[float, ...]
     final: Estimate
     gap: Estimate | None
-    sooner: float | None
+    sooner: Sooner | None
+    is_control: bool
 
 
 @dataclass(frozen=True)
@@ -195,9 +197,9 @@ def cells(line: Line) -> list[str]:
         f"{line.final.mean:.3f}",
         _error(line.final.windows),
         _error(line.final.seeds),
-        "control" if difference is None else f"{difference.mean:+.3f}",
+        "control" if line.is_control else "" if difference is None else f"{difference.mean:+.3f}",
         "" if difference is None else f"{_error(difference.windows)} / {_error(difference.seeds)}",
-        "" if difference is None else "never" if line.sooner is None else f"{line.sooner:.1f}x",
+        "" if difference is None else "never" if line.sooner is None else str(line.sooner),
     ]
 
 
@@ -213,10 +215,9 @@ def _gain(claim: ClaimSection, groups: Mapping[str, Group], lower: str, share: f
 def _line(group: Group, control: Group | None) -> Line:
     run = group.runs[0]
     same = control is None or group is control
-    layers = run.plan.get("layer_map")
     return Line(
         arm=group.label,
-        layers=None if layers is None or _is_fresh(run) else tuple(layers),
+        layers=_blocks_taken(run),
         seeds=tuple(group.seeds),
         steps=group.steps[-1],
         parameters=run.environment.get("parameters"),
@@ -225,23 +226,26 @@ def _line(group: Group, control: Group | None) -> Line:
         final=group.final,
         gap=None if same or control is None else gap(group, control),
         sooner=None if same or control is None else sooner(group, control),
+        is_control=group is control,
     )
 
 
-def _is_fresh(run: Run) -> bool:
-    return all(op["op"] == "init" for op in run.plan.get("ops") or ())
+def _blocks_taken(run: Run) -> tuple[int, ...] | None:
+    """Gives the origin's block for each block, or None where nothing of a block is inherited."""
+    inside = [op["op"] for op in run.plan.get("ops") or () if op["target"].startswith("layers.")]
+    return None if set(inside) <= {"init"} else tuple(run.plan["layer_map"])
 
 
 def _row(found: Findings, arm: str, seed: int, run: Run) -> dict[str, Any]:
     group = Group(arm, (run,))
     versions = run.environment.get("versions") or {}
-    layers = run.plan.get("layer_map")
+    layers = _blocks_taken(run)
     return {
         "study": found.study.section.name,
         "arm": arm,
         "seed": seed,
         "blocks": run.environment.get("num_layers"),
-        "from": "" if layers is None or _is_fresh(run) else ",".join(map(str, layers)),
+        "from": "" if layers is None else ",".join(map(str, layers)),
         "parameters": run.environment.get("parameters"),
         "steps": run.steps,
         "tokens": run.tokens,

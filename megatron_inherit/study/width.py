@@ -192,10 +192,14 @@ def _kept(
     per_group, size = wide.num_heads // wide.num_kv_heads, wide.head_dim
     for block in range(wide.num_layers):
         kept["ffn", block] = best(None if scores is None else scores.ffn[block], wide.ffn_size, narrow.ffn_size)
-        of_groups = None if scores is None else [
-            sum(value**2 for value in scores.heads[block][group * per_group : (group + 1) * per_group])
-            for group in range(wide.num_kv_heads)
-        ]
+        of_groups = (
+            None
+            if scores is None
+            else [
+                sum(value**2 for value in scores.heads[block][group * per_group : (group + 1) * per_group])
+                for group in range(wide.num_kv_heads)
+            ]
+        )
         groups = best(of_groups, wide.num_kv_heads, narrow.num_kv_heads)
         kept["kv", block] = [group * size + place for group in groups for place in range(size)]
         wide_group = per_group * size

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 
 import pytest
+import yaml
 
 pytest.importorskip("matplotlib", reason="needs matplotlib")
 
@@ -47,6 +48,23 @@ def test_a_sweep_of_depths_is_drawn(tmp_path):
     out = tmp_path / "report.html"
     assert main(["report", str(tmp_path / "study"), "--out", str(out)]) == 0
     assert "<h2>Depth</h2>" in out.read_text()
+
+
+def test_seeds_of_an_arm_are_one_line_and_one_curve(tmp_path):
+    for arm, finals in (("inherit", (2.4, 2.6)), ("random", (3.0, 3.2))):
+        for seed, final in enumerate(finals, start=1):
+            init = "random" if arm == "random" else "weights"
+            folder = write_run(tmp_path / "study" / "arms" / arm / f"seed{seed}", final=final, init=init)
+            recipe = yaml.safe_load((folder / "run.yaml").read_text())
+            recipe["run"] |= {"name": arm, "seed": seed}
+            (folder / "run.yaml").write_text(yaml.safe_dump(recipe))
+    out = tmp_path / "report.html"
+    assert main(["report", str(tmp_path / "study"), "--out", str(out)]) == 0
+    page = out.read_text()
+    assert len(re.findall(r'<th scope="row"><span class="dot"', page)) == 2
+    assert re.search(r'class="loss">2\.500.*?<td>2</td><td>0\.1000</td>', page, re.DOTALL)
+    assert "\N{MINUS SIGN}0.600" in page  # between the means
+    assert "one standard error over the seeds" in page
 
 
 def test_no_run_is_a_usage_error(tmp_path, capsys):

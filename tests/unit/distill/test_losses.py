@@ -91,3 +91,19 @@ def test_impossible_mixes_are_refused(values):
 def test_stage_ends_follow_the_depth():
     assert stage_ends((3, 3, 4, 3, 3), 32) == (6, 12, 20, 26, 32)
     assert stage_ends((2, 2), 1) == (1, 1)
+
+
+def test_a_uniform_student_is_ln_v_from_a_certain_teacher():
+    certain = torch.full((4, VOCAB), -1e4, dtype=torch.float64)
+    certain[range(4), [0, 5, 9, VOCAB - 1]] = 0.0
+    found = linear_kl(torch.zeros(4, VOCAB, dtype=torch.float64), HEAD, certain, HEAD)
+    assert found.tolist() == pytest.approx([math.log(VOCAB)] * 4, abs=1e-5)
+
+
+def test_twice_as_long_a_text_is_no_further_away():
+    student, teacher = logits(1), logits(2)
+    once = linear_kl(student, HEAD, teacher, HEAD)
+    twice = linear_kl(torch.cat([student, student]), HEAD, torch.cat([teacher, teacher]), HEAD)
+    assert once.shape == (len(student),), "one value a token, whatever is divided by what later"
+    assert float(twice.mean()) == pytest.approx(float(once.mean()), abs=1e-9)
+    assert torch.equal(twice[: len(once)], once)

@@ -1,7 +1,6 @@
 """Means over seeds, their two errors, and what they are compared by, against figures worked out by hand."""
 
 import json
-import math
 
 import pytest
 import yaml
@@ -53,9 +52,12 @@ def test_a_gap_is_paired_by_seed_and_window(tmp_path):
 
 def test_sooner(tmp_path):
     control = Group("c", (run(tmp_path / "c", [6, 5, 4, 3, 2]),))
-    assert sooner(Group("a", (run(tmp_path / "a", [4, 2, 1, 1, 1]),)), control) == pytest.approx(4)
+    found = sooner(Group("a", (run(tmp_path / "a", [4, 3, 1, 1, 1]),)), control)
+    assert found.times == pytest.approx(40 / 15)
+    assert not found.at_least
     assert sooner(Group("b", (run(tmp_path / "b", [4, 3]),)), control) is None
-    assert sooner(Group("d", (run(tmp_path / "d", [2, 1]),)), control) == math.inf
+    early = sooner(Group("d", (run(tmp_path / "d", [4, 1]),)), control)
+    assert (early.times, early.at_least, str(early)) == (4, True, "≥4.0x")
 
 
 def test_runs_are_grouped_by_arm(tmp_path):

@@ -1,0 +1,27 @@
+#!/usr/bin/env bash
+# A study on one CPU core, whole: text -> tokens -> subsets and evaluation windows -> every arm -> table, claims, curves.
+# Run it again to go on after an interruption; studies of the same folder share their teacher and equal arms.
+#   bash examples/study_cpu.sh [initialisation-cpu|layers-cpu|depth-cpu|baselines-cpu|repetition-cpu|rewarming-cpu]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+bash tools/setup.sh megatron,hf,data,plots
+export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
+study=${1:-initialisation-cpu}
+data=runs/studies/data
+mkdir -p "$data"
+if [ ! -e "$data/valid.safetensors" ]; then
+  python examples/standard_library.py "$data/library.jsonl"
+  minherit data ingest "$data/library.jsonl" --out "$data/text"
+  minherit data tokenize "$data/text" "$data/tokens" --tokenizer bytes
+  minherit data subset "$data/tokens" --out "$data/subset" --valid 0.05 --test 0 --overwrite
+  for tokens in 205K 51K; do # half and an eighth of what 400 steps read
+    minherit data subset "$data/tokens" --out "$data/subset-$tokens" --tokens "$tokens" --valid 0.05 --test 0 --overwrite
+  done
+  minherit data windows "$data/subset" --out "$data/valid.safetensors" --count 256 --sequence-length 64
+fi
+
+minherit study run "$study" --dry-run
+minherit study run "$study"
+minherit study show runs/studies/cpu --study "$study"
