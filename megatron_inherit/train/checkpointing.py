@@ -218,16 +218,19 @@ class Saver:
         write_text(self.folder / LATEST, target.name + "\n")
         if self._pruner is not None:
             self._pruner.join()
-        self._pruner = threading.Thread(target=self._prune, args=(target,), name="prune")
+        self._pruner = threading.Thread(target=self._prune, args=(pending.step,), name="prune")
         self._pruner.start()
 
-    def _prune(self, newest: Path) -> None:
-        """Deletes what is outdated, once the newest checkpoint reads back as it was written."""
+    def _prune(self, newest: int) -> None:
+        """Deletes what is outdated, once the newest checkpoint reads back as it was written.
+
+        Checkpoints of later steps do not count: the run would have gone on from them if they were whole.
+        """
         try:
-            outdated = self.keep.outdated(list_steps(self.folder))
+            outdated = self.keep.outdated([step for step in list_steps(self.folder) if step <= newest])
             leftovers = list(self.folder.glob(f"step_*{TEMPORARY_MARK}{_REPLACED}*"))
             if outdated or leftovers:
-                native.verify(newest)
+                native.verify(step_folder(self.folder, newest))
             for path in [*(step_folder(self.folder, step) for step in outdated), *leftovers]:
                 retire(path)
         except (MinheritError, OSError) as error:
