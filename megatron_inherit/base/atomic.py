@@ -12,6 +12,8 @@ import json
 import os
 import platform
 import shutil
+import signal
+import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,7 +54,8 @@ def write_bytes(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise disk_error(error, path) from error
     fsync_path(path.parent)
 
@@ -71,19 +74,20 @@ def write_json(path: Path, value: Any) -> None:
 def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yields a temporary sibling folder that becomes ``path`` when the block ends without an exception.
 
-    What a killed process of this machine left of the same ``path`` is removed first.
+    What a killed process of this machine left of the same ``path`` is removed first. A link is followed. SIGTERM inside
+    the block removes the temporary folder and ends the process with 143.
 
     Raises:
-        UsageError: ``path`` exists, is not an empty folder, and ``overwrite`` is false.
+        UsageError: ``path`` is in the way, see :func:`refuse_existing`.
         DiskError: The folder cannot be written.
     """
-    path = Path(path).absolute()
+    path = Path(path).resolve() if Path(path).is_symlink() else Path(path).absolute()
     refuse_existing(path, overwrite=overwrite)
     _remove_leftovers(path)
     temporary = path.with_name(f"{path.name}{TEMPORARY_MARK}{os.getpid()}-{_machine()}-{uuid.uuid4().hex[:8]}")
     try:
         temporary.mkdir(parents=True)
-        with _locked(temporary):
+        with _locked(temporary), _sigterm_unwinds():
             yield temporary
             fsync_tree(temporary)
             put_in_place(temporary, path)
@@ -102,6 +106,23 @@ def _remove_leftovers(path: Path) -> None:
             if free and not Path("/proc", owner).exists():
                 _log.warning("%s was left by a process that was killed; it is removed.", found)
                 shutil.rmtree(found, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    """Lets SIGTERM end the block by an exception, unless the program handles it already or runs this in a thread."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+
+    def leave(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
@@ -150,11 +171,28 @@ def _exchange(first: Path, second: Path) -> bool:
     return rename is not None and rename(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0
 
 
-def refuse_existing(path: Path, *, overwrite: bool = False) -> None:
-    """Raises UsageError if ``path`` exists with content and may not be replaced."""
-    if overwrite or not path.exists() or (path.is_dir() and not any(path.iterdir())):
+def refuse_existing(path: Path, *, overwrite: bool = False, source: str | Path | None = None) -> None:
+    """Refuses an output path that would cost the user something.
+
+    Args:
+        path: The output folder to be.
+        overwrite: Allows to replace a folder, but only one that this program wrote as a whole: it has a
+            ``manifest.json`` and is no run.
+        source: What the output is made of; a path that does not exist, such as a URL, is in nobody's way.
+
+    Raises:
+        UsageError: ``path`` exists with content and may not be replaced, or is ``source`` or holds it.
+    """
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
-    raise UsageError(f"{path} exists already.", fix="Choose another output path or pass --overwrite.")
+    if not overwrite:
+        raise UsageError(f"{path} exists already.", fix="Choose another output path or pass --overwrite.")
+    read = Path(source).resolve() if source is not None else None
+    if read is not None and path.resolve() in (read, *read.parents):
+        raise UsageError(f"{path} holds what is read, {source}.", fix="Choose another output path.")
+    if not (path / "manifest.json").is_file() or (path / "run.yaml").exists():
+        what = "a run" if (path / "run.yaml").exists() else "nothing that --overwrite may replace"
+        raise UsageError(f"{path} is {what}.", fix="Choose another output path, or remove it yourself.")
 
 
 def require_space(path: Path, needed: int) -> None:
@@ -165,7 +203,7 @@ def require_space(path: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise DiskError(
-            f"Not enough space on the file system of {path}.",
+            f"Not enough space on the file system of {str(path).partition(TEMPORARY_MARK)[0]}.",
             got=f"{format_bytes(free)} free",
             expected=f"at least {format_bytes(needed)}",
             fix="Free space or choose another output path.",
@@ -173,9 +211,15 @@ def require_space(path: Path, needed: int) -> None:
 
 
 def disk_error(error: OSError, path: Path) -> Exception:
-    """Translates an error of the file system into one of ours, or gives it back where it is none of space or rights."""
+    """Translates an error of the file system into one of ours, or gives it back where no path or space explains it."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return DiskError(f"The disk is full while writing {path}.", fix="Free space or choose another output path.")
+    named = str(error.filename or path).partition(TEMPORARY_MARK)[0]
+    ours, theirs = os.path.abspath(path), os.path.abspath(named)
+    of_output = os.path.commonpath((ours, theirs)) in (ours, theirs)
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return DiskError(f"{path} cannot be written: {error.strerror}.", fix="Check the folder's permissions.")
+        verb = "written" if of_output else "opened"
+        return DiskError(f"{named} cannot be {verb}: {error.strerror}.", fix="Check the folder's permissions.")
+    if of_output and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
+        return DiskError(f"{named} cannot be made: {error.strerror}.", fix="Choose another output path.")
     return error

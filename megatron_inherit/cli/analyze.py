@@ -11,7 +11,7 @@ app = typer.Typer(
     no_args_is_help=True, help="Measure attention rank and the importance of layers.", rich_markup_mode=None
 )
 
-Checkpoint = Annotated[Path, typer.Argument(help="Checkpoint of any format, or a run folder.")]
+Checkpoint = Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="Checkpoint of any format, or a run folder.")]
 Text = Annotated[Path | None, typer.Option(help="Text to measure on; default Python's language reference.")]
 Out = Annotated[Path | None, typer.Option(help="Folder for the JSON file and the figures.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda; default: a GPU if there is one.")]

@@ -12,7 +12,10 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 @app.command(help="Write a training checkpoint as a Hugging Face folder.")
 def export(
-    checkpoint: Annotated[str, typer.Argument(help="Run folder (its newest checkpoint), step folder, or any format.")],
+    checkpoint: Annotated[
+        str,
+        typer.Argument(metavar="CHECKPOINT", help="Run folder (its newest checkpoint), step folder, or any format."),
+    ],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write.")],
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16; default each tensor's own.")] = "",
     max_shard_size: Annotated[str, typer.Option(help="Largest file.")] = "5GB",
@@ -36,7 +39,8 @@ def export(
     from megatron_inherit.plan.plan import Layout
 
     hub = require("huggingface_hub", "--push") if push else None
-    refuse_existing(folder, overwrite=overwrite or dry_run)
+    if not dry_run:
+        refuse_existing(folder, overwrite=overwrite, source=checkpoint)
     layout = Layout(max_shard_bytes=parse_bytes(max_shard_size))
     with open_source(checkpoint) as source:
         if source.format == "native" and not dry_run:

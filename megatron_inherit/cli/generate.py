@@ -12,8 +12,10 @@ app = typer.Typer(no_args_is_help=True, help="Continue a prompt.", rich_markup_m
 
 @app.command()
 def generate(
-    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint of any format, or a run folder.")],
-    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="Checkpoint of any format, or a run folder.")
+    ],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens that are added.")] = 64,
     temperature: Annotated[float, typer.Option(help="0 takes the most likely token.")] = 0.0,
     top_k: Annotated[int, typer.Option(min=0, help="Sample among the k most likely tokens; 0: all.")] = 0,

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 
-Teacher = Annotated[str, typer.Argument(help="Checkpoint of any format, or a preset with --reset all.")]
-Student = Annotated[Path, typer.Argument(help="Folder to write.")]
+Teacher = Annotated[
+    str, typer.Argument(metavar="TEACHER", help="Checkpoint of any format, or a preset with --reset all.")
+]
+Student = Annotated[Path, typer.Argument(metavar="STUDENT", help="Folder to write.")]
 Layers = Annotated[
     str, typer.Option(help="first:N, last:N, every:K, all, or a list such as 0-7 or 0,2,4,4; or auto:METRIC:N.")
 ]
@@ -73,25 +75,25 @@ def inherit(
 ) -> None:
     """Plan, then stream."""
     from megatron_inherit.base.atomic import refuse_existing
-    from megatron_inherit.base.errors import UsageError
     from megatron_inherit.base.quantities import parse_bytes
     from megatron_inherit.checkpoint.manifest import hash_files
+    from megatron_inherit.cli.outputs import refuse_ignored
     from megatron_inherit.cli.repairs import fit, repaired
     from megatron_inherit.cli.teachers import choose_layers, open_teacher
     from megatron_inherit.cli.transfer import run_transfer
     from megatron_inherit.inherit.select import parse_roles
     from megatron_inherit.plan.plan import Layout
 
-    if optimizer not in ("keep", "drop"):
-        raise UsageError(f"--optimizer {optimizer} is not understood.", expected="keep or drop")
-    refuse_existing(student, overwrite=overwrite or dry_run)
+    keep = refuse_ignored(format, tp=tp, pp=pp, vpp=vpp, optimizer=optimizer)
+    if not dry_run:
+        refuse_existing(student, overwrite=overwrite, source=teacher)
     roles = parse_roles(reset or ())
     layout = Layout(format=format, tp=tp, pp=pp, vpp=vpp, max_shard_bytes=parse_bytes(max_shard_size))
     source, config = open_teacher(teacher, everything_fresh=len(roles) == 7)
     chosen = choose_layers(layers, teacher, config)
     fixed = fit(teacher, chosen, repair, text=repair_text, fresh=bool(roles) or as_published) if repair else None
     chosen = fixed.layers if fixed else chosen
-    plan = _plan(source, config, chosen, roles, as_published, dtype, seed, layout, optimizer == "keep")
+    plan = _plan(source, config, chosen, roles, as_published, dtype, seed, layout, keep)
     record: dict[str, object] = {"as_published": as_published}
     if hash_teacher and source is not None and not dry_run:
         record["teacher_files"] = hash_files(source)

@@ -14,8 +14,8 @@ from megatron_inherit.launch.slurm import SlurmJob, render_sbatch, submit
 
 app = typer.Typer(no_args_is_help=True, help="Print or submit the command for a cluster.", rich_markup_mode=None)
 
-Recipe = Annotated[str, typer.Argument(help="Recipe name or path.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="key.path=value words.")]
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe name or path.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Overrides of the recipe.")]
 Gpus = Annotated[int, typer.Option("--gpus-per-node", help="Processes a node.")]
 Nodes = Annotated[int, typer.Option("--nodes", help="Number of nodes.")]
 
@@ -58,10 +58,10 @@ def slurm(
     gpus_per_node: Gpus = 8,
     cpus_per_gpu: Annotated[int, typer.Option(help="CPU cores a GPU.")] = 8,
     time: Annotated[str, typer.Option(help="Wall-clock limit, SLURM's form.")] = "24:00:00",
-    partition: str = "",
-    account: str = "",
-    qos: str = "",
-    constraint: str = "",
+    partition: Annotated[str, typer.Option(help="As sbatch has it.")] = "",
+    account: Annotated[str, typer.Option(help="As sbatch has it.")] = "",
+    qos: Annotated[str, typer.Option(help="As sbatch has it.")] = "",
+    constraint: Annotated[str, typer.Option(help="As sbatch has it.")] = "",
     warning_seconds: Annotated[int, typer.Option(help="Seconds before the limit at which the run saves.")] = 300,
     container: Annotated[str, typer.Option(help="none, pyxis or apptainer.")] = "none",
     image: Annotated[str, typer.Option(help="Container image.")] = "",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -12,8 +14,10 @@ from typer.core import TyperGroup
 
 from megatron_inherit import __version__
 from megatron_inherit.base import log
+from megatron_inherit.base.atomic import disk_error
 from megatron_inherit.base.errors import MinheritError, UsageError
 
+INTERRUPTED = 130
 _CommandLineError: Any = typer.BadParameter.__mro__[2]  # typer 0.29 brings its own click, older ones use the package
 
 COMMANDS = {
@@ -44,9 +48,15 @@ class LazyGroup(TyperGroup):
         return list(COMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """Imports a command, or gives None for an unknown one."""
+        """Imports a command.
+
+        Raises:
+            UsageError: There is none of that name.
+        """
         if cmd_name not in COMMANDS:
-            return None
+            near = difflib.get_close_matches(cmd_name, COMMANDS, n=1)
+            fix = f"Did you mean '{near[0]}'?" if near else "'minherit --help' lists the commands."
+            raise UsageError(f"There is no command '{cmd_name}'.", fix=fix)
         module = importlib.import_module(f"megatron_inherit.cli.{cmd_name}")
         module.app._add_completion = False
         command = typer.main.get_command(module.app)
@@ -91,23 +101,38 @@ def main(argv: list[str] | None = None) -> int:
     log.set_up(verbose=debug)
     try:
         result = app(args=[word for word in argv if word != "--debug"], prog_name="minherit", standalone_mode=False)
+        sys.stdout.flush()
+        if result == INTERRUPTED:
+            typer.echo("Interrupted.", err=True)
         return result if isinstance(result, int) else 0
     except typer.Exit as error:
         return error.exit_code
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):
+            return _reader_left()
+        raise
     except _CommandLineError as error:
         error.show()
         return UsageError.exit_code
     except (typer.Abort, KeyboardInterrupt):
         typer.echo("Interrupted.", err=True)
-        return 130
+        return INTERRUPTED
     except MinheritError as error:
         return _fail(error, str(error), error.exit_code, debug)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _reader_left()
     except Exception as error:
+        known = disk_error(error, Path("the output")) if isinstance(error, OSError) else error
+        if isinstance(known, MinheritError):
+            return _fail(known, str(known), known.exit_code, debug)
         hint = "This is a bug of minherit; run again with --debug for the traceback."
         return _fail(error, f"{type(error).__name__}: {error}. {hint}", 1, debug)
+
+
+def _reader_left() -> int:
+    """Ends quietly where the reader of a pipe has seen enough, as in ``| head``."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def _fail(error: Exception, message: str, code: int, debug: bool) -> int:

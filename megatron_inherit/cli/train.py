@@ -18,9 +18,10 @@ app = typer.Typer(help="Pretrain from a recipe.", rich_markup_mode=None, no_args
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="Recipe name or path of a YAML file.")],
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe name or path of a YAML file.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="key.path=value words, such as optimizer.lr=1e-4.")
+        list[str] | None,
+        typer.Argument(metavar="KEY.PATH=VALUE", help="Overrides of the recipe, such as optimizer.lr=1e-4."),
     ] = None,
     resume: Annotated[
         str, typer.Option(help="auto: go on from the newest whole checkpoint; never: refuse one.")

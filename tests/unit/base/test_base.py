@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -46,12 +48,82 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 def test_an_existing_folder_is_kept_unless_told(tmp_path):
     target = tmp_path / "out"
     target.mkdir()
-    (target / "mine").write_text("x")
+    (target / "manifest.json").write_text("{}")
     with pytest.raises(UsageError, match="--overwrite"), atomic.new_folder(target):
         pass
     with atomic.new_folder(target, overwrite=True) as folder:
         (folder / "new").write_text("y")
     assert [p.name for p in target.iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize("content", ["file", "holiday.jpg", "run.yaml"])
+def test_overwrite_replaces_only_whole_outputs_of_this_program(tmp_path, content):
+    target = tmp_path / "out"
+    if content == "file":
+        target.write_text("x")
+    else:
+        target.mkdir()
+        (target / content).write_text("x")
+    if content == "run.yaml":
+        (target / "manifest.json").write_text("{}")
+    with pytest.raises(UsageError, match="remove it yourself"), atomic.new_folder(target, overwrite=True):
+        pass
+    assert (target if content == "file" else target / content).read_text() == "x"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_what_is_read_is_never_replaced(tmp_path):
+    teacher = tmp_path / "models" / "teacher"
+    teacher.mkdir(parents=True)
+    for folder in (teacher, teacher.parent):
+        (folder / "manifest.json").write_text("{}")
+    (tmp_path / "link").symlink_to(teacher)
+    for output in (teacher, teacher.parent, tmp_path / "link"):
+        with pytest.raises(UsageError, match="holds what is read"):
+            atomic.refuse_existing(output, overwrite=True, source=teacher)
+    atomic.refuse_existing(teacher, overwrite=True, source=tmp_path / "another")
+    atomic.refuse_existing(teacher, overwrite=True, source="https://models.example/teacher")
+    atomic.refuse_existing(teacher / "student", source=teacher)
+
+
+def test_a_linked_output_is_written_where_the_link_points(tmp_path):
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big" / "manifest.json").write_text("{}")
+    (tmp_path / "out").symlink_to("big")
+    (tmp_path / "dangling").symlink_to("new")
+    for link in ("out", "dangling"):
+        with atomic.new_folder(tmp_path / link, overwrite=True) as folder:
+            (folder / "a").write_text("x")
+        assert (tmp_path / link).is_symlink()
+        assert (tmp_path / link / "a").read_text() == "x"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["big", "dangling", "new", "out"]
+
+
+def test_sigterm_leaves_nothing_unfinished(tmp_path):
+    code = """
+import sys, time
+from pathlib import Path
+from megatron_inherit.base.atomic import new_folder
+with new_folder(Path(sys.argv[1])) as folder:
+    print(folder, flush=True)
+    time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline()
+        process.terminate()
+        assert process.wait() == 143
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_impossible_output_is_a_disk_error(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with (
+        pytest.raises(DiskError, match=r"file/out cannot be made: Not a directory"),
+        atomic.new_folder(tmp_path / "file" / "out"),
+    ):
+        pass
+    with pytest.raises(FileNotFoundError), atomic.new_folder(tmp_path / "out"):
+        (tmp_path / "what was read").read_text()
 
 
 def test_no_space_is_said_before_writing(tmp_path):

@@ -1,0 +1,41 @@
+"""What ``inherit`` and ``convert`` refuse about their output before anything is read."""
+
+from __future__ import annotations
+
+from megatron_inherit.base.errors import UsageError
+
+_CUT = {"hf": (), "meta": ("tp",)}
+"""Format -> the parallel sizes it is cut by; the others know all of them."""
+_WITHOUT_OPTIMIZER = ("hf", "meta", "megatron")
+
+
+def refuse_ignored(format: str, *, tp: int = 1, pp: int = 1, vpp: int = 1, optimizer: str = "drop") -> bool:
+    """Refuses what a format has no place for, so that nothing asked for is left out in silence.
+
+    Args:
+        format: Name of the output's format.
+        tp: Tensor-parallel size asked for.
+        pp: Pipeline-parallel size.
+        vpp: Virtual chunks a pipeline rank.
+        optimizer: ``keep`` takes the optimizer state along, ``drop`` does not.
+
+    Returns:
+        Whether the optimizer state is kept.
+
+    Raises:
+        UsageError: The format has no such thing.
+    """
+    if optimizer not in ("keep", "drop"):
+        raise UsageError(f"--optimizer {optimizer} is not understood.", expected="keep or drop")
+    for name, size in (("tp", tp), ("pp", pp), ("vpp", vpp)):
+        if size > 1 and name not in _CUT.get(format, (name,)):
+            raise UsageError(
+                f"--{name} {size} means nothing to the format {format}, whose files are not cut that way.",
+                fix=f"Leave --{name} out, or choose --format megatron or torch_dist.",
+            )
+    if optimizer == "keep" and format in _WITHOUT_OPTIMIZER:
+        raise UsageError(
+            f"--optimizer keep: the format {format} has no place for optimizer state.",
+            fix="Choose --format ds_universal, or leave --optimizer keep out.",
+        )
+    return optimizer == "keep"
