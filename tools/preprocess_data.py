@@ -3,7 +3,7 @@
 
 Writes ``PREFIX_KEY_document.bin`` and ``.idx`` for each key. A killed job goes on where it was when it is run again.
 Differences: BOS is added only with ``--prepend-bos`` (Megatron's Llama2Tokenizer always adds it); documents keep the
-order of the input.
+order of the input; a text that is empty, or a list of sentences, is a bad record.
 """
 
 from __future__ import annotations
@@ -27,6 +27,11 @@ _FILE_TYPES = {
     "ByteLevelTokenizer": None,
 }
 
+_REFUSED = {
+    "--split-sentences": "sentences are for BERT and T5; decoders are trained on documents.",
+    "--find-optimal-num-workers": "speed is even in the workers up to the number of cores; give --workers.",
+}
+
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -44,6 +49,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--log-interval", type=int, default=1000, help="accepted; progress shows every ten seconds")
     parser.add_argument("--keep-sequential-samples", action="store_true", help="accepted; the order is always kept")
     parser.add_argument("--dataset-impl", choices=["mmap"], default="mmap", help="accepted: there is one")
+    parser.add_argument("--keep-newlines", action="store_true", help="accepted; nothing removes them")
+    parser.add_argument("--lang", default="english", help="accepted; only sentences depend on it")
+    for flag, reason in _REFUSED.items():
+        parser.add_argument(flag, action="store_true", help=f"refused: {reason}")
     parser.add_argument("--max-reject-share", type=float, default=0.01, help="more bad records stop the job")
     parser.add_argument("--keep-work", action="store_true", help="keep PREFIX.work, the shards of text and tokens")
     return parser.parse_args(argv)
@@ -70,19 +79,26 @@ def tokenizer_of(args: argparse.Namespace) -> str:
 def preprocess(args: argparse.Namespace) -> None:
     from megatron_inherit.cli.data_progress import ProgressMeter
     from megatron_inherit.data.ingest import IngestOptions, ingest
+    from megatron_inherit.data.jobs import start_server
     from megatron_inherit.data.merge import merge_domains
     from megatron_inherit.data.tokenize import TokenizeOptions, tokenize
 
+    for flag, reason in _REFUSED.items():
+        if getattr(args, flag.lstrip("-").replace("-", "_")):
+            raise UsageError(f"{flag} is not supported: {reason}")
     inputs = sorted(glob.glob(args.input)) or [args.input]
     tokenizer = tokenizer_of(args)
+    if args.workers > 1:
+        start_server("megatron_inherit.data.tokenize")
     work = Path(f"{args.output_prefix}.work")
     for key in args.json_keys:
         reading = IngestOptions(text_field=key, max_reject_share=args.max_reject_share)
         with ProgressMeter(f"{key}: read") as meter:
-            ingest([f"document={path}" for path in inputs], work / key / "text", reading, on_progress=meter.add)
+            texts = work / key / "text"
+            ingest([f"document={path}" for path in inputs], texts, reading, workers=args.workers, on_progress=meter.add)
         how = TokenizeOptions(tokenizer=tokenizer, append_eos=args.append_eod, prepend_bos=args.prepend_bos)
         with ProgressMeter(f"{key}: tokenize") as meter:
-            tokenize(work / key / "text", work / key / "tokens", how, workers=args.workers, on_progress=meter.add)
+            tokenize(texts, work / key / "tokens", how, workers=args.workers, on_progress=meter.add)
         merge_domains(work / key / "tokens", {"document": Path(f"{args.output_prefix}_{key}_document")})
     if not args.keep_work:
         shutil.rmtree(work)
@@ -92,6 +108,8 @@ def main(argv: list[str] | None = None) -> int:
     log.set_up()
     try:
         preprocess(parse(argv))
+    except KeyboardInterrupt:
+        return 130
     except MinheritError as error:
         print(f"preprocess_data: {error}", file=sys.stderr)
         return error.exit_code

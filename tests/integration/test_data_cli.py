@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 from megatron_inherit.cli.main import main
 from megatron_inherit.data.indexed import IndexedFile
 from megatron_inherit.data.loader import LoaderOptions, open_loader
+from megatron_inherit.data.manifests import TokensManifest
 from megatron_inherit.data.prepare import make_windows, prepare
 from megatron_inherit.data.tokenizer import open_tokenizer
 from megatron_inherit.data.windows import EvalWindows
@@ -209,3 +212,32 @@ def test_preprocess_data_takes_megatrons_flags(
     assert not (tmp_path / "out.work").exists()
     assert tool([*flags, "--tokenizer-type", "Llama2Tokenizer"]) == 2
     assert "needs --tokenizer-model" in capsys.readouterr().err
+    for flag in ("--split-sentences", "--find-optimal-num-workers"):
+        assert tool([*flags, "--tokenizer-type", "ByteLevelTokenizer", flag]) == 2
+        assert f"{flag} is not supported" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_preprocess_data_writes_what_megatrons_builder_writes(tmp_path: Path, workers: str) -> None:
+    """From JSON lines to the same bytes, over several shards and processes."""
+    torch = pytest.importorskip("torch")
+    indexed_dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    texts = make_texts(9000)
+    for part in range(3):
+        write_jsonl(tmp_path / f"in-{part}.jsonl", texts[part * 3000 : (part + 1) * 3000])
+    own = open_tokenizer(gpt2_folder(tmp_path / "gpt2"))
+    words = ["--input", str(tmp_path / "in-*.jsonl"), "--output-prefix", str(tmp_path / "out"), "--append-eod"]
+    kind = ["--tokenizer-type", "GPT2BPETokenizer", "--vocab-file", str(tmp_path / "gpt2" / "vocab.json")]
+    merges = ["--merge-file", str(tmp_path / "gpt2" / "merges.txt")]
+    command = [sys.executable, str(TOOL), *words, *kind, *merges, "--workers", workers, "--keep-work"]
+    subprocess.run(command, check=True, timeout=120)
+    shards = TokensManifest.load(tmp_path / "out.work" / "text" / "tokens" / "manifest.json").shards
+    assert len(shards) >= 3
+    dtype = indexed_dataset.DType.optimal_dtype(own.vocab_size)
+    builder = indexed_dataset.IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=dtype)
+    for ids in own.encode_batch(texts):
+        builder.add_document(torch.tensor([*ids, own.eos_id]), [len(ids) + 1])
+    builder.finalize(str(tmp_path / "theirs.idx"))
+    for suffix in ("bin", "idx"):
+        assert (tmp_path / f"out_text_document.{suffix}").read_bytes() == (tmp_path / f"theirs.{suffix}").read_bytes()

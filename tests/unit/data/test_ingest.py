@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from megatron_inherit.base.errors import DataError, UsageError
+from megatron_inherit.data import ingest as ingest_module
 from megatron_inherit.data.ingest import DocumentsManifest, IngestOptions, ingest
-from megatron_inherit.data.sources import open_binary
+from megatron_inherit.data.sources import SourceFile, open_binary
 from tests.support.text_data import make_texts, write_jsonl
 
 TEXTS = make_texts(30)
@@ -278,6 +279,20 @@ def test_shards_are_cut_and_compressed(tmp_path: Path) -> None:
     assert all(shard.text_bytes < 4000 + 500 for shard in one.shards)
     packed = ingest([str(tmp_path / "in")], tmp_path / "zst", options.model_copy(update={"compression": "zst"}))
     assert read_back(tmp_path / "zst", packed) == read_back(tmp_path / "one", one)
+
+
+def test_shards_follow_the_size_of_the_sources_and_not_the_workers(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "a.jsonl", make_texts(12_000))
+    size = (tmp_path / "a.jsonl").stat().st_size
+    manifest = ingest([str(tmp_path / "a.jsonl")], tmp_path / "out")
+    assert manifest.options.shard_bytes == 2**19
+    assert size // 2**19 - 1 <= len(manifest.shards) <= size // 2**19 + 1 > 2, "a small corpus is shared out too"
+    small, large, unknown = (
+        SourceFile(path="x", format="jsonl", size=size, mtime_ns=time, domain="text")
+        for size, time in ((2**30, 1), (2**50, 1), (0, None))
+    )
+    assert ingest_module._shard_bytes([small]) == 2**22
+    assert ingest_module._shard_bytes([large]) == ingest_module._shard_bytes([unknown]) == 2**26
 
 
 def test_a_finished_folder_is_left_and_another_plan_refused(tmp_path: Path) -> None:

@@ -57,6 +57,14 @@ def test_gigatoken_gives_the_same_ids(tokenizer: Tokenizer) -> None:
     assert np.array_equal(lengths, own_lengths)
 
 
+def test_gigatoken_without_what_it_needs_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where awkward is missing, gigatoken imports, but gives ids in another form."""
+    found = {"gigatoken": object(), "awkward": None}
+    monkeypatch.setattr("importlib.util.find_spec", found.__getitem__)
+    opened = open_tokenizer(byte_level_folder(tmp_path / "t"))
+    assert np.array_equal(choose_encoder(opened, "auto", TEXTS)(TEXTS)[0], flatten(opened.encode_batch(TEXTS))[0])
+
+
 def test_gigatoken_that_differs_is_not_used(tmp_path: Path) -> None:
     """The tokenizer of the sample drops every text to one letter, so gigatoken's ids cannot be its."""
     pytest.importorskip("gigatoken")
