@@ -12,7 +12,7 @@ import yaml
 
 from megatron_inherit.arch.families import ROLES
 from megatron_inherit.base.atomic import write_text
-from megatron_inherit.base.errors import ConfigError, MinheritError, UsageError
+from megatron_inherit.base.errors import ConfigError, DivergedError, MinheritError, UsageError
 from megatron_inherit.base.log import get_logger
 from megatron_inherit.eval.runs import read_json
 from megatron_inherit.inherit.select import parse_roles
@@ -126,18 +126,42 @@ class _Queue:
     running: dict[int, Job] = field(default_factory=dict)
 
     def work(self) -> None:
-        """Runs all jobs; an error of one ends the study, after the others have saved."""
+        """Runs all jobs. An arm that diverges is told at the end; any other error ends the study, the others saved.
+
+        Raises:
+            MinheritError: What ended an arm.
+        """
+        diverged: list[DivergedError] = []
         while self.waiting or self.running:
             for group, job in tuple(self.running.items()):
-                if self.trainer.is_over(job.config):
+                try:
+                    if not self.trainer.is_over(job.config):
+                        continue
                     _tell(job)
-                    del self.running[group]
+                except DivergedError as error:
+                    logger.error("%s: %s", job.name, error)
+                    diverged.append(error)
+                    self._drop_what_comes_from(job)
+                del self.running[group]
             for group in range(len(self.groups)):
                 following = None if group in self.running else self._next()
                 if following is not None:
                     self.waiting.remove(following)
                     self._begin(following, group)
             time.sleep(POLL_SECONDS if self.running else 0)
+        if diverged:
+            raise diverged[0]
+
+    def _drop_what_comes_from(self, job: Job) -> None:
+        for other in tuple(self.waiting):
+            if (
+                job.arm
+                and other.arm
+                and other in self.waiting
+                and (other.arm.origin, other.seed) == (job.arm.name, job.seed)
+            ):
+                self.waiting.remove(other)
+                self._drop_what_comes_from(other)
 
     def _next(self) -> Job | None:
         """Gives the first job whose origin is there."""

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from megatron_inherit.cli.main import main
+from megatron_inherit.study import runner
 from tests.support.tiny_run import recipe, write_corpus
 
 pytest.importorskip("megatron.core")
@@ -60,7 +61,7 @@ def figures(folder):
     return [[row[place] for place in kept] for row in rows]
 
 
-def test_killed_in_an_arm_and_resumed_it_gives_the_same_table(tmp_path, corpus, capsys):
+def test_killed_in_an_arm_and_resumed_it_gives_the_same_table(tmp_path, corpus, capsys, monkeypatch):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         write_study(folder, corpus)
@@ -73,6 +74,7 @@ def test_killed_in_an_arm_and_resumed_it_gives_the_same_table(tmp_path, corpus, 
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not (killed / "out/arms/random/seed1/metrics.jsonl").exists(), "it was to die in the first arm"
+    monkeypatch.setattr(runner, "device_groups", lambda processes: [(0,), (1,)])  # both arms at a time
     assert main(["study", "run", str(killed / "toy.yaml")]) == 0
     for folder in (whole, killed):
         assert main(["study", "show", str(folder / "out")]) == 0
