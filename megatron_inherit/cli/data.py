@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -11,10 +11,12 @@ from megatron_inherit.cli.data_progress import ProgressMeter
 
 if TYPE_CHECKING:
     from megatron_inherit.data.inspection import Summary
+    from megatron_inherit.data.packing import Boundary
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Ingest, tokenize, subset and inspect text.")
 
 Workers = Annotated[int, typer.Option(min=1, help="Processes.")]
+BoundaryName = Annotated[str, typer.Option("--boundary", help="packed, reset or none.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -167,6 +169,7 @@ def inspect(
     samples: Annotated[int, typer.Option(min=0, help="Sample windows to decode.")] = 2,
     sequence_length: Annotated[int, typer.Option(min=1, help="Tokens of a sample window.")] = 128,
     tokenizer: Annotated[str, typer.Option(help="For a prefix that names none.")] = "",
+    boundary: BoundaryName = "packed",
     duplicates: Annotated[bool, typer.Option(help="Count exact duplicates.")] = True,
     full: Annotated[bool, typer.Option("--full", help="Hash every file and compare with the manifest.")] = False,
     as_json: AsJson = False,
@@ -183,9 +186,15 @@ def inspect(
     if summary.kind == "documents" or not samples or as_json or not (tokenizer or summary.tokenizer):
         return
     for window in sample_windows(
-        path, split=split, count=samples, sequence_length=sequence_length, tokenizer=tokenizer or None
+        path,
+        split=split,
+        count=samples,
+        sequence_length=sequence_length,
+        tokenizer=tokenizer or None,
+        boundary=_boundary(boundary),
     ):
-        typer.echo(f"\nsample {window.sample}, {len(window.ids)} tokens:\n{window.text}")
+        typer.echo(f"\nsample {window.sample}, {len(window.ids)} tokens, {window.predicted} predicted:")
+        typer.echo("\n----- attention begins anew -----\n".join(window.texts))
 
 
 @app.command()
@@ -198,7 +207,7 @@ def order(
     seed: Annotated[int, typer.Option(help="Of the order.")] = 0,
     split: Annotated[str, typer.Option(help="Of a subset; 'all' for other data.")] = "train",
     epochs: Annotated[int, typer.Option(min=0, help="Passes; 0: no limit.")] = 0,
-    boundary: Annotated[str, typer.Option(help="packed, reset or none.")] = "packed",
+    boundary: BoundaryName = "packed",
     as_json: AsJson = False,
 ) -> None:
     """Print which windows of the data each step and replica reads."""
@@ -208,8 +217,6 @@ def order(
     from megatron_inherit.data.loader import LoaderOptions, open_loader
     from megatron_inherit.data.order import steps_of_order
 
-    if boundary not in ("packed", "reset", "none"):
-        raise UsageError(f"--boundary {boundary} is not understood.", expected="packed, reset or none")
     first, _, last = steps.partition(":")
     if not first.isdigit() or (last and not last.isdigit()):
         raise UsageError(f"--steps {steps} is not understood.", expected="FIRST:LAST")
@@ -218,7 +225,7 @@ def order(
         sequence_length,
         seed=seed,
         epochs=epochs,
-        boundary=boundary,  # type: ignore[arg-type]
+        boundary=_boundary(boundary),
         split=split,
     )
     loader = open_loader(options)
@@ -258,6 +265,14 @@ def windows(
     made.save(out)
     typer.echo(f"{out}: {len(made)} windows of {sequence_length} tokens, {made.num_bytes} bytes of text")
     typer.echo(f"fingerprint {made.fingerprint}")
+
+
+def _boundary(name: str) -> Boundary:
+    from megatron_inherit.base.errors import UsageError
+
+    if name not in ("packed", "reset", "none"):
+        raise UsageError(f"--boundary {name} is not understood.", expected="packed, reset or none")
+    return cast("Boundary", name)
 
 
 def _show(summary: Summary, as_json: bool) -> None:

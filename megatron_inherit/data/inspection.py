@@ -14,6 +14,7 @@ from megatron_inherit.data.ingest import DocumentsManifest, open_documents
 from megatron_inherit.data.loader import LoaderOptions, open_loader
 from megatron_inherit.data.manifests import MANIFEST, ManifestModel, SubsetManifest, TokenizerRecord, kind_of
 from megatron_inherit.data.opening import open_stream
+from megatron_inherit.data.packing import Boundary
 from megatron_inherit.data.tokenizer import Tokenizer, open_tokenizer
 
 _CHUNK = 1 << 20
@@ -55,11 +56,19 @@ class Summary(ManifestModel):
 
 
 class SampleWindow(ManifestModel):
-    """A sample as the model will see it."""
+    """A sample as the model will see it.
+
+    Attributes:
+        sample: Global index.
+        ids: Its input tokens.
+        texts: The stretches that attention stays in, decoded; one for ``packed``, without the padding of ``none``.
+        predicted: Labels that count.
+    """
 
     sample: int
     ids: list[int]
-    text: str
+    texts: list[str]
+    predicted: int
 
 
 def inspect_data(path: str | Path, *, split: str = "train", duplicates: bool = True) -> Summary:
@@ -188,7 +197,14 @@ def _between(parts: Iterator[np.ndarray], low: int, high: int) -> Iterator[np.nd
 
 
 def sample_windows(
-    path: str | Path, *, split: str, count: int, sequence_length: int, tokenizer: str | None = None, seed: int = 0
+    path: str | Path,
+    *,
+    split: str,
+    count: int,
+    sequence_length: int,
+    tokenizer: str | None = None,
+    seed: int = 0,
+    boundary: Boundary = "packed",
 ) -> list[SampleWindow]:
     """Decodes the first samples of the order that a run with this seed would take.
 
@@ -199,18 +215,25 @@ def sample_windows(
         sequence_length: Tokens a sample.
         tokenizer: Overrides what the manifest names; needed for a bare prefix.
         seed: Of the order.
+        boundary: See :data:`megatron_inherit.data.packing.Boundary`.
 
     Raises:
         DataError: The tokenizer is unknown or not the one that made the ids, or the data is too small.
     """
-    loader = open_loader(LoaderOptions(str(path), sequence_length, seed=seed, split=split))
+    loader = open_loader(LoaderOptions(str(path), sequence_length, seed=seed, split=split, boundary=boundary))
     made_with = loader.stream.tokenizer
     name = tokenizer or (made_with and made_with.path)
     if not name:
         raise DataError(f"{path} does not say which tokenizer made it.", fix="Name it with --tokenizer.")
     decoder: Tokenizer = open_tokenizer(name)
     batch = loader.batch(0, min(count, loader.samples_per_epoch))
-    return [
-        SampleWindow(sample=int(number), ids=ids.tolist(), text=decoder.decode(ids))
-        for number, ids in zip(batch.sample_ids, batch.tokens, strict=True)
-    ]
+    windows = []
+    for row, number in enumerate(batch.sample_ids.tolist()):
+        ids, counted = batch.tokens[row], batch.loss_mask[row]
+        if batch.segment_ids is not None:
+            parts = np.split(ids, np.flatnonzero(np.diff(batch.segment_ids[row])) + 1)
+        else:  # the label after the last one that counts is still text, what follows it is padding
+            parts = [ids if boundary == "packed" else ids[: int(counted.sum()) + 1]]
+        texts = [decoder.decode(part) for part in parts]
+        windows.append(SampleWindow(sample=number, ids=ids.tolist(), texts=texts, predicted=int(counted.sum())))
+    return windows

@@ -57,6 +57,28 @@ def test_commands_lead_from_text_to_samples(made: Path, capsys: pytest.CaptureFi
             assert summary["duplicates"] == 0
 
 
+@pytest.mark.parametrize("boundary", ["reset", "none"])
+def test_samples_are_shown_as_the_model_sees_them(
+    made: Path, capsys: pytest.CaptureFixture[str], boundary: str
+) -> None:
+    words = ["--samples", "6", "--sequence-length", "64", "--boundary", boundary]
+    assert main(["data", "inspect", str(made / "subset"), *words]) == 0
+    shown = capsys.readouterr().out
+    decode = open_tokenizer(made / "tokenizer").decode
+    batch = open_loader(LoaderOptions(str(made / "subset"), 64, boundary=boundary)).batch(0, 6)
+    for row in range(6):
+        predicted = int(batch.loss_mask[row].sum())
+        if boundary == "none":
+            whole = [*batch.tokens[row][:predicted].tolist(), int(batch.labels[row][predicted - 1])]
+            texts = [decode(whole[:64])]
+        else:
+            numbers = batch.segment_ids[row]
+            texts = [decode(batch.tokens[row][numbers == number]) for number in range(numbers.max() + 1)]
+        joined = "\n----- attention begins anew -----\n".join(texts)
+        assert f"sample {row}, 64 tokens, {predicted} predicted:\n{joined}\n" in shown
+    assert main(["data", "inspect", str(made / "subset"), "--boundary", "x"]) == 2
+
+
 def test_order_prints_what_the_loader_reads(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = {}
     for world in (1, 2, 4):
