@@ -35,17 +35,17 @@ def convert(
 ) -> None:
     """Plan, then stream."""
     from megatron_inherit.base.atomic import refuse_existing
-    from megatron_inherit.base.errors import UsageError
     from megatron_inherit.base.quantities import parse_bytes
     from megatron_inherit.checkpoint.detect import open_source
     from megatron_inherit.checkpoint.dtypes import parse_dtype
+    from megatron_inherit.cli.outputs import refuse_ignored
     from megatron_inherit.cli.transfer import run_transfer
     from megatron_inherit.plan.convert import plan_conversion
     from megatron_inherit.plan.plan import Layout
 
-    if optimizer not in ("keep", "drop"):
-        raise UsageError(f"--optimizer {optimizer} is not understood.", expected="keep or drop")
-    refuse_existing(destination, overwrite=overwrite or dry_run)
+    keep = refuse_ignored(format, tp=tp, pp=pp, vpp=vpp, optimizer=optimizer)
+    if not dry_run:
+        refuse_existing(destination, overwrite=overwrite, source=source)
     layout = Layout(
         format=format,
         tp=tp,
@@ -57,9 +57,7 @@ def convert(
         iteration=iteration,
     )
     with open_source(source) as opened:
-        plan = plan_conversion(
-            opened, layout=layout, dtype=parse_dtype(dtype) if dtype else None, optimizer=optimizer == "keep"
-        )
+        plan = plan_conversion(opened, layout=layout, dtype=parse_dtype(dtype) if dtype else None, optimizer=keep)
         run_transfer(
             plan,
             opened,

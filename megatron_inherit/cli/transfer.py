@@ -15,6 +15,7 @@ from typing import Any
 
 import typer
 
+from megatron_inherit.base.atomic import refuse_existing
 from megatron_inherit.base.environment import collect_environment
 from megatron_inherit.base.errors import UsageError
 from megatron_inherit.base.quantities import format_bytes, format_seconds
@@ -58,6 +59,7 @@ def run_transfer(
     if dry_run:
         typer.echo(_json(_facts(plan, output, source)) if as_json else "\n".join(_lines(plan, output, source)))
         return
+    refuse_existing(folder, overwrite=overwrite, source=source.path if source else None)
     if not as_json:
         typer.echo("\n".join(_summary(plan, output, source)))
     texts = {"environment.json": json.dumps(collect_environment(), indent=2) + "\n"}

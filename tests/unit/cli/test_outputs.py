@@ -11,7 +11,7 @@ def teacher(tmp_path):
     return write_checkpoint(tmp_path / "models" / "teacher", llama(), random_arrays(llama()), "hf")
 
 
-@pytest.mark.parametrize("command", [["inherit", "--layers", "0"], ["export"]])
+@pytest.mark.parametrize("command", [["inherit", "--layers", "0"], ["export"], ["convert"]])
 def test_overwrite_never_costs_the_teacher(teacher, capsys, command):
     before = {path.name: path.read_bytes() for path in teacher.iterdir()}
     for output in (teacher, teacher.parent):
@@ -38,6 +38,7 @@ def test_a_student_can_be_made_again(teacher, tmp_path):
     ],
 )
 def test_what_a_format_has_no_place_for_is_refused(teacher, tmp_path, capsys, options, said):
-    assert main(["inherit", str(teacher), str(tmp_path / "s"), "--layers", "0", *options]) == 2
-    assert said in capsys.readouterr().err
+    for command in (["inherit", "--layers", "0"], ["convert"]):
+        assert main([command[0], str(teacher), str(tmp_path / "s"), *command[1:], *options]) == 2
+        assert said in capsys.readouterr().err
     assert not (tmp_path / "s").exists()
