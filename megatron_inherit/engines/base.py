@@ -7,7 +7,7 @@ one of two kinds from ``EngineOptions``; ``engines/check.py:check_options`` says
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Topology:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step gave, the same on every rank.
+    """What one optimizer step gave, the same on every rank but for its seconds.
 
     Attributes:
         loss: Mean next-token loss in nats over the unmasked tokens of the global batch, before the update; with a
@@ -106,12 +106,14 @@ class StepResult:
         grad_norm: L2 norm of the whole gradient before clipping.
         tokens: Unmasked tokens of the global batch.
         skipped: The gradient was not finite, no rank changed a weight or an optimizer state.
+        forward_seconds: What this rank's own passes through the model took on its host, backward passes left out.
     """
 
     loss: float
     grad_norm: float
     tokens: int
     skipped: bool = False
+    forward_seconds: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True)

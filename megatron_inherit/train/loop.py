@@ -49,6 +49,7 @@ def train(run: Session) -> RunState:
         DiskError: A checkpoint could not be written.
     """
     state = upkeep.begin(run)
+    untie_if_due(run, state)
     first, clock = state.step, Clock(state.seconds)
     with run.profiler, _progress(run, state) as progress:
         while state.step < run.plan.total_steps:
@@ -64,7 +65,7 @@ def train(run: Session) -> RunState:
                 state = upkeep.roll_back(run, state)
                 continue
             run.profiler.step()
-            run.pace.add(own=clock.own, whole=clock.whole)
+            run.pace.add(own=clock.own, forward=result.forward_seconds, whole=clock.whole)
             upkeep.compare_ranks(run, state)
             if upkeep.is_due(state.step, run.plan.config.eval.every_steps, run.plan.total_steps):
                 upkeep.evaluate_now(run, state)

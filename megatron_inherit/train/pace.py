@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import socket
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_inherit.engines.base import Engine
@@ -16,7 +19,8 @@ class Straggler:
 
     Attributes:
         score: Share of a step that would be left if this rank were as fast as the fastest.
-        own_seconds: What it spends a step by itself, outside the step's common work.
+        own_seconds: What it spends by itself before a step, on data for instance; the median of some steps.
+        forward_seconds: What its passes through the model take a step; the least of some steps.
         probe_seconds: What a fixed product of matrices takes on its device; 0 where it is not measured.
     """
 
@@ -24,49 +28,62 @@ class Straggler:
     host: str
     score: float
     own_seconds: float
+    forward_seconds: float
     probe_seconds: float
 
 
 class Pace:
-    """Adds up where this rank's time goes between two looks at all ranks.
+    """Keeps where this rank's time goes between two looks at all ranks.
 
     Ranks wait for each other inside a step, so that all take equally long for it. What tells them apart is the time
-    each spends on its own before the step (data, Python, a stolen core), and on a GPU the time of a fixed product of
-    matrices, which shows a throttled device.
+    each spends on its own before the step (data, Python, a stolen core); the time of its passes through the model,
+    among the ranks that hold the same part of it; and on a GPU the time of a fixed product of matrices, which shows a
+    throttled device. Of the first the median counts, of the second the least, so that no step that something else on
+    the machine held up makes a slow rank. Where a pass itself waits for others (tensor and context parallelism,
+    gathered weights), they all take as long as the slowest of them.
     """
 
     def __init__(self, score: float) -> None:
         self.score = score
-        self._own = self._whole = 0.0
-        self._steps = 0
+        self._steps: list[tuple[float, float, float]] = []
 
-    def add(self, *, own: float, whole: float) -> None:
+    def add(self, *, own: float, forward: float, whole: float) -> None:
         """Counts a step.
 
         Args:
             own: Seconds before ``train_step`` began.
-            whole: Seconds of the whole step, ``own`` included.
+            forward: Seconds of its passes through the model.
+            whole: Seconds of the whole step, both included.
         """
-        self._own, self._whole, self._steps = self._own + own, self._whole + whole, self._steps + 1
+        self._steps.append((own, forward, whole))
 
     def stragglers(self, engine: Engine) -> list[Straggler]:
         """Compares all ranks over the steps since the last look; all ranks call this together."""
-        import socket
-
-        steps = max(1, self._steps)
-        mine = {"own": self._own / steps, "whole": self._whole / steps, "probe": _probe(), "host": socket.gethostname()}
-        self._own = self._whole = 0.0
-        self._steps = 0
+        own, forward, whole = zip(*self._steps or [(0.0, 0.0, 0.0)], strict=True)
+        self._steps.clear()
+        mine = {
+            "own": statistics.median(own),
+            "forward": min(forward),
+            "whole": statistics.median(whole),
+            "probe": _probe(),
+            "host": socket.gethostname(),
+            "part": engine.topology.model_rank,
+        }
         ranks = [json.loads(text) for text in engine.gather_text(json.dumps(mine))]
-        fastest, probe = min(r["own"] for r in ranks), min(r["probe"] for r in ranks)
         found = []
         for rank, r in enumerate(ranks):
-            host_score = 1 - (r["own"] - fastest) / max(r["whole"], 1e-9)
-            device_score = probe / r["probe"] if r["probe"] else 1.0
-            score = min(host_score, device_score)
+            score = _score(r, ranks)
             if score < self.score:
-                found.append(Straggler(rank, r["host"], score, r["own"], r["probe"]))
+                found.append(Straggler(rank, r["host"], score, r["own"], r["forward"], r["probe"]))
         return found
+
+
+def _score(rank: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]) -> float:
+    """Gives the share of a step that would be left if a rank were as fast as the fastest."""
+    behind = rank["own"] - min(other["own"] for other in ranks)
+    behind += rank["forward"] - min(other["forward"] for other in ranks if other["part"] == rank["part"])
+    device = min(other["probe"] for other in ranks) / rank["probe"] if rank["probe"] else 1.0
+    return min(1 - behind / max(rank["whole"], 1e-9), device)
 
 
 def unequal_ranks(engine: Engine) -> list[int]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
@@ -44,6 +44,8 @@ logger = get_logger(__name__)
 
 Resume = Literal["auto", "never"]
 RECIPE, SKIPPED = "run.yaml", "skipped_samples.json"
+DROPOUT = ("attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout", "hidden_dropout")
+"""Keys of a Hugging Face config that ask for dropout."""
 
 
 @dataclass
@@ -302,8 +304,17 @@ def _read_skipped(folder: Path) -> list[tuple[int, int]]:
     return [tuple(pair) for pair in json.loads(path.read_text())] if path.exists() else []
 
 
+def tell_dropout(hf_config: Mapping[str, Any] | None) -> None:
+    """Says that training has no dropout where the model's own config asks for some."""
+    asked = {key: value for key in DROPOUT if (value := (hf_config or {}).get(key))}
+    if asked:
+        keys = ", ".join(f"{key}={value}" for key, value in asked.items())
+        logger.info("Training has no dropout: %s of the model's config.json is not applied.", keys)
+
+
 def _describe(session: Session) -> None:
     plan = session.plan
+    tell_dropout(None if plan.source is None else plan.source.hf_config)
     write_json(
         plan.output / "environment.json",
         environment(

@@ -1,11 +1,13 @@
 """Faults of one of two ranks that talk over gloo."""
 
+import itertools
 import json
+import time
 
 import pytest
 
 from tests.support import forked_world, tiny_run
-from tests.support.sabotage import poison, sabotage
+from tests.support.sabotage import dawdle, poison, sabotage, spike
 from tests.support.tiny_run import curve, recipe, rows, saved_hashes, status
 
 pytestmark = pytest.mark.slow
@@ -80,6 +82,16 @@ def test_a_rank_killed_while_training_is_named_by_the_other(tmp_path, corpus, re
     same(tmp_path / "run", reference)
 
 
+def test_a_clock_that_jumps_changes_nothing(tmp_path, corpus, reference):
+    def jumping():
+        real, calls = time.time, itertools.count()
+        time.time = lambda: real() + 86400 * (-1) ** next(calls)
+
+    ended = train(tmp_path, corpus, before=jumping)
+    assert ended.codes == [0, 0], ended.text
+    same(tmp_path / "run", reference)
+
+
 def test_a_signal_to_one_rank_saves_on_both_at_the_same_step(tmp_path, corpus, reference):
     ended = train(tmp_path, corpus, fault="step_start:1:13:term")
     assert ended.codes == [75, 75], ended.text
@@ -120,9 +132,13 @@ def test_a_stopped_rank_is_named_and_nothing_is_left(tmp_path, corpus):
     assert "rank 1" in status(tmp_path / "run")["reason"]
 
 
-def test_a_slow_rank_is_reported_and_the_loss_is_the_same(tmp_path, corpus, reference):
-    ended = train(tmp_path, corpus, fault="step_start:1:*:sleep=0.2")
-    assert ended.codes == [0, 0]
+@pytest.mark.parametrize("place", ["before", "inside"])
+def test_a_slow_rank_is_reported_and_the_loss_is_the_same(tmp_path, corpus, reference, place):
+    if place == "before":
+        ended = train(tmp_path, corpus, fault="step_start:1:*:sleep=0.2")
+    else:
+        ended = train(tmp_path, corpus, before=sabotage(dawdle(0.1)))  # of two micro-batches a step
+    assert ended.codes == [0, 0], ended.text
     reports = rows(tmp_path / "run", "straggler")
     assert {row["rank"] for row in reports} == {1}
     assert min(row["score"] for row in reports) < 0.7
@@ -165,6 +181,28 @@ def test_a_run_that_never_recovers_gives_up_with_6(tmp_path, corpus):
     assert status(tmp_path / "run")["exit_code"] == 6
     again = train(tmp_path, corpus, before=sabotage(bad))
     assert again.codes == [6, 6]
+
+
+def test_a_finite_spike_is_rolled_back_over(tmp_path, corpus, reference):
+    ended = train(tmp_path, corpus, before=sabotage(spike(lambda first: 72 <= first < 104)))
+    assert ended.codes == [0, 0], ended.text
+    (rollback,) = rows(tmp_path / "run", "rollback")
+    assert (rollback["step"], rollback["from_step"], rollback["sample_ids"]) == (5, 13, [72, 103])
+    discarded = [json.loads(line) for line in (tmp_path / "run/metrics.discarded.jsonl").read_text().splitlines()]
+    spikes = [row for row in discarded if row["kind"] == "spike"]
+    assert [row["sample_ids"] for row in spikes] == [[72, 79], [80, 87], [88, 95], [96, 103]]
+    assert all(row["loss"] > 5 * rows(reference)[0]["loss"] for row in spikes)
+    taken = rows(tmp_path / "run")
+    assert [row["samples"] for row in taken] == [*range(8, 80, 8), *range(112, 200, 8)]
+    assert [row["loss"] for row in taken[:9]] == [row["loss"] for row in rows(reference)[:9]]
+    assert json.loads((tmp_path / "run/skipped_samples.json").read_text()) == [[72, 104]]
+
+
+def test_a_spike_that_stays_ends_with_6(tmp_path, corpus):
+    ended = train(tmp_path, corpus, before=sabotage(spike(lambda first: first >= 72)))
+    assert ended.codes == [6, 6], ended.text
+    assert "did not recover" in ended.text
+    assert rows(tmp_path / "run", "skip") == []
 
 
 def test_weights_that_silently_differ_are_found(tmp_path, corpus):

@@ -87,6 +87,20 @@ def test_a_split_run_resumes_exactly(work, trained):
         assert plan_of(source).num_stages in (4, 8)
 
 
+def test_a_crash_between_saving_and_splitting_changes_nothing(work, trained, monkeypatch):
+    assert main(["train", recipe(work, "unbroken"), *UNTIE]) == 0
+    monkeypatch.setenv("MI_FAULT", "before_latest:0:2:raise")
+    assert main(["train", recipe(work, "broken"), *UNTIE]) == 1
+    assert (work / "broken/checkpoints/step_00000002").is_dir()
+    assert rows(work, "broken", "untie") == []
+    monkeypatch.delenv("MI_FAULT")
+    assert main(["train", recipe(work, "broken"), *UNTIE]) == 0
+    assert losses(work, "broken") == losses(work, "unbroken")
+    assert [row["plan"] for row in rows(work, "broken", "untie")] == [
+        row["plan"] for row in rows(work, "unbroken", "untie")
+    ]
+
+
 def test_another_plan_does_not_go_on(work, trained, capsys):
     assert main(["train", recipe(work, "plain"), "sharing.plan=8", "train.steps=8"]) == 5
     assert "another stage plan" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,37 @@ def sabotage(change: Callable[[Any, int, Any], None]) -> Callable[[], None]:
     return before
 
 
+def _model(engine: Any) -> Any:
+    return engine.chunks[0] if hasattr(engine, "chunks") else engine.model
+
+
+def dawdle(seconds: float) -> Callable[[Any, int, Any], None]:
+    """Makes rank 1 sleep in every pass through its model."""
+    hooked: list[int] = []
+
+    def change(engine, rank, micro_batches):
+        if rank == 1 and not hooked:
+            hooked.append(rank)
+            _model(engine).decoder.register_forward_pre_hook(lambda *_: time.sleep(seconds))
+
+    return change
+
+
+def spike(wanted: Callable[[int], bool], factor: float = 300.0) -> Callable[[Any, int, Any], None]:
+    """Blows up the last hidden states in training whenever ``wanted(first sample id)``: the loss is high and finite."""
+    state = {"on": False, "hooked": False}
+
+    def change(engine, rank, micro_batches):
+        if not state["hooked"]:
+            state["hooked"] = True
+            _model(engine).decoder.register_forward_hook(
+                lambda module, inputs, output: output * factor if state["on"] and module.training else output
+            )
+        state["on"] = wanted(int(micro_batches[0].sample_ids[0]))
+
+    return change
+
+
 def poison(wanted: Callable[[int], bool]) -> Callable[[Any, int, Any], None]:
     """Plants NaN into a gradient of rank 1 whenever ``wanted(first sample id)`` holds."""
     state = {"on": False, "hooked": False}
@@ -40,8 +72,7 @@ def poison(wanted: Callable[[int], bool]) -> Callable[[Any, int, Any], None]:
             return
         if not state["hooked"]:
             state["hooked"] = True
-            model = engine.chunks[0] if hasattr(engine, "chunks") else engine.model
-            parameter = next(model.parameters())
+            parameter = next(_model(engine).parameters())
             parameter.register_hook(lambda gradient: gradient * float("nan") if state["on"] else gradient)
         state["on"] = wanted(int(micro_batches[0].sample_ids[0]))
 

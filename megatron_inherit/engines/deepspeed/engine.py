@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_inherit.arch.model_config import ModelConfig
+from megatron_inherit.base.log import get_logger
 from megatron_inherit.data.loader import Batch
 from megatron_inherit.distill.objective import Distillation
 from megatron_inherit.distill.options import Distill
@@ -32,6 +34,9 @@ from megatron_inherit.sharing.partition import Partition
 from megatron_inherit.sharing.relax import share_model
 from megatron_inherit.sharing.stage_plan import unshared
 from megatron_inherit.sharing.tensors import restoring
+
+
+_log = get_logger(__name__)
 
 
 class DeepSpeedEngine:
@@ -140,6 +145,7 @@ class DeepSpeedEngine:
             for decayed, decay in ((True, options.weight_decay), (False, 0.0))
         ]
         settings: dict[str, Any] = {"lr": 0.0, "betas": options.betas, "eps": options.eps, "fused": True}
+        _log.info("The optimizer is torch's fused AdamW inside ZeRO-%d.", options.zero_stage)
         if options.zero_stage:
             return torch.optim.AdamW(groups, **settings)
         return ClippedAdamW(groups, clip=options.clip, tensor_group=self.groups.tp, **settings)
@@ -153,7 +159,7 @@ class DeepSpeedEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.engine.train()
-        kept = []
+        kept, forward = [], 0.0
         scale = replicas / max(tokens, 1)  # DeepSpeed divides gradients by the number of replicas
         with cuda_means_cpu():
             for index, batch in enumerate(micro_batches):
@@ -162,14 +168,16 @@ class DeepSpeedEngine:
                     self.objective.begin(self.updates, [batch], scale=scale, run=self._teach)
                     inputs["objective"] = self.objective.term(batch, inputs)
                 self.engine.set_gradient_accumulation_boundary(index == len(micro_batches) - 1)
+                began = time.perf_counter()
                 loss = self.engine(**inputs)
+                forward += time.perf_counter() - began
                 kept.append(loss.detach())
                 self.engine.backward(loss * scale, scale_wrt_gas=False)
             self.engine.step()
         norm, applied = self._outcome()
         self.updates += applied
         total = self.reduce_sum([float(torch.stack(kept).double().sum())])[0]
-        return StepResult(total / max(tokens, 1), norm, tokens, skipped=not applied)
+        return StepResult(total / max(tokens, 1), norm, tokens, skipped=not applied, forward_seconds=forward)
 
     def _outcome(self) -> tuple[float, bool]:
         if isinstance(self.adam, ClippedAdamW):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -48,7 +49,7 @@ class MegatronEngine:
     def __init__(
         self, options: EngineOptions, config: ModelConfig, read: Reader, distill: Distill | None = None
     ) -> None:
-        self.options, self.config = options, config
+        self.options, self.config, self.forward_seconds = options, config, 0.0
         if options.deterministic:
             ranks.make_deterministic()
         self.device = start_processes(timeout_s=options.timeout_s)
@@ -156,7 +157,10 @@ class MegatronEngine:
                 counted = torch.ones((), dtype=torch.int, device=self.device)
                 return output.sum() * scale, counted, output.detach()
 
-            return model(**inputs), loss
+            began = time.perf_counter()
+            output = model(**inputs)
+            self.forward_seconds += time.perf_counter() - began
+            return output, loss
 
         batch, length = micro_batches[0].tokens.shape
         models = models or (self.wrapped if backward else self.chunks)
@@ -177,6 +181,7 @@ class MegatronEngine:
         tokens = count_tokens(micro_batches)
         if self.topology.data_size > 1:
             tokens = round(ranks.sum_over([tokens], self.groups.dp, self.device)[0])
+        self.forward_seconds = 0.0
         with cuda_means_cpu():
             for wrapped in self.wrapped:
                 wrapped.train()
@@ -191,7 +196,9 @@ class MegatronEngine:
         counts = self.is_last and self.groups.tp.rank() == 0
         local = float(torch.stack(kept).double().sum()) if counts else 0.0
         total = ranks.sum_over([local], None, self.device)[0] if self.topology.world_size > 1 else local
-        return StepResult(total / max(tokens, 1), norm, tokens, skipped=not finite)
+        return StepResult(
+            total / max(tokens, 1), norm, tokens, skipped=not finite, forward_seconds=self.forward_seconds
+        )
 
     def _guard(self) -> None:
         """Compares the copies of shared stages now and then, and the count of their gradient hooks once."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 
 from megatron_inherit.engines.base import EngineOptions
 from megatron_inherit.engines.create import create_engine
+from megatron_inherit.engines.megatron.config import model_fields
 from tests.support.engine_acts import read_from, save_to
 from tests.support.engine_world import GLOBAL_BATCH, MODELS, learning_rate, replica_batches
 from tests.support.plain_loop import golden
@@ -112,6 +115,18 @@ def test_only_matrices_of_blocks_and_the_head_decay():
     decayed = {names[id(p)].rsplit(".", 2)[-2] for p in groups[0.5]}
     assert decayed == {"linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "output_layer"}
     assert len(groups[0.0]) + len(groups[0.5]) == len(names)
+
+
+@pytest.mark.parametrize(("cuda", "apex", "fused"), [(True, True, True), (True, None, False), (False, True, False)])
+def test_weight_gradients_accumulate_in_apex_where_it_is(monkeypatch, caplog, cuda, apex, fused):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: apex if name == "fused_weight_gradient_mlp_cuda" else found(name)
+    )
+    with caplog.at_level("INFO"):
+        assert model_fields(EngineOptions())["gradient_accumulation_fusion"] is fused
+    assert ("apex's fused matrix product" in caplog.text) is fused
 
 
 def test_logits_and_losses_agree():

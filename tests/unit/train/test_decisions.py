@@ -22,6 +22,7 @@ from megatron_inherit.train.checkpointing import (
 from megatron_inherit.train.pace import Pace, unequal_ranks
 from megatron_inherit.train.resume import Identity
 from megatron_inherit.train.run_folder import RunLock, clear_exit_status, locked, process_start, write_exit_status
+from megatron_inherit.train.session import tell_dropout
 from megatron_inherit.train.spikes import SpikePolicy
 from megatron_inherit.train.state import RunState, next_start
 from megatron_inherit.train.watchdog import Watchdog
@@ -183,15 +184,21 @@ def test_unequal_weights_name_the_minority():
 
 
 def test_a_slow_rank_has_a_low_score():
-    pace = Pace(0.7)
-    for _ in range(4):
-        pace.add(own=0.01, whole=0.3)
-    slow = json.dumps({"own": 0.21, "whole": 0.3, "probe": 0.0, "host": "h"})
-    throttled = json.dumps({"own": 0.01, "whole": 0.3, "probe": 0.0, "host": "h"})
-    (found,) = pace.stragglers(Ranks(slow, throttled))
-    assert found.rank == 1
-    assert found.score == pytest.approx(1 - 0.2 / 0.3)
-    assert pace.stragglers(Ranks(throttled)) == []
+    def other(**changes):
+        return json.dumps({"own": 0.01, "forward": 0.05, "whole": 0.3, "probe": 0.0, "host": "h", "part": 0} | changes)
+
+    def stragglers(*others):
+        pace = Pace(0.7)
+        for own in (0.01, 0.01, 0.01, 9.0):  # one step that was held up
+            pace.add(own=own, forward=0.04 + own, whole=own + 0.29)
+        return pace.stragglers(Ranks(*others))
+
+    for late in ({"own": 0.21}, {"forward": 0.25}):
+        (found,) = stragglers(other(**late), other())
+        assert found.rank == 1
+        assert found.score == pytest.approx(1 - 0.2 / 0.3)
+    assert stragglers(other()) == []
+    assert stragglers(other(forward=0.25, part=1), other(forward=0.25, part=1)) == [], "another stage has other work"
 
 
 def test_a_watchdog_speaks_only_without_progress(tmp_path):
@@ -209,6 +216,15 @@ def test_a_watchdog_speaks_only_without_progress(tmp_path):
     assert "No progress for 1 s: rank 0" in spoken[0]
     assert "step 7, phase train_step" in spoken[0]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_dropout_that_a_model_asks_for_is_told(caplog):
+    with caplog.at_level("INFO"):
+        for config in (None, {}, {"attn_pdrop": 0.0, "attention_dropout": 0.0}):
+            tell_dropout(config)
+        assert not caplog.records
+        tell_dropout({"attn_pdrop": 0.1, "resid_pdrop": 0.0, "embd_pdrop": 0.2})
+    assert "no dropout: attn_pdrop=0.1, embd_pdrop=0.2" in caplog.text
 
 
 def test_faults_act_only_where_they_are_wanted(monkeypatch):
