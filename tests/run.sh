@@ -30,7 +30,7 @@ fi
 
 # Tests that fork their ranks need processes in which nothing else has started threads or joined a world.
 forking=(tests/distributed/test_kernel_shards.py tests/integration/test_faults_two_ranks.py tests/integration/test_grow.py
-  tests/integration/test_train_layouts.py tests/integration/test_train_single.py)
+  tests/integration/test_train_layouts.py tests/integration/test_train_single.py tests/integration/test_train_tasks.py)
 failed=0
 for file in "${forking[@]}"; do
   pytest "${select[@]}" "$file" || failed=1

@@ -150,6 +150,23 @@ def check_distill(config: RunConfig) -> None:
         )
 
 
+def check_tasks(config: RunConfig) -> None:
+    """Tasks are named once, and scored on a model that is not cut into stages."""
+    tasks = config.eval.tasks
+    if tasks is None:
+        return
+    if bool(tasks.names) == bool(tasks.suite):
+        raise ConfigError(
+            "eval.tasks: exactly one of names and suite must be given.", got="both" if tasks.names else "neither"
+        )
+    if config.parallel.pp > 1:
+        raise ConfigError(
+            "eval.tasks: tasks cannot be scored during training with a pipeline.",
+            got=f"parallel.pp={config.parallel.pp}",
+            fix="Set parallel.pp=1, or leave eval.tasks out and run 'minherit evaluate' on the saved checkpoints.",
+        )
+
+
 LONGEST = 1 << 62
 CHECKS: tuple[Callable[[RunConfig], None], ...] = (
     check_model_source,
@@ -161,4 +178,5 @@ CHECKS: tuple[Callable[[RunConfig], None], ...] = (
     check_kept,
     check_distill,
     check_untie,
+    check_tasks,
 )

@@ -23,6 +23,7 @@ from megatron_inherit.config.section import (
     no_bool,
 )
 from megatron_inherit.config.sharing import DistillSection, SharingSection
+from megatron_inherit.config.tasks import TasksSection
 
 
 class RunSection(Section):
@@ -230,11 +231,13 @@ class EvalSection(Section):
         windows: File of evaluation windows, or None for no evaluation.
         every_steps: Steps between evaluations; the start and the last step are always evaluated.
         micro_batch: Windows a replica takes at a time; default eight times ``train.micro_batch``.
+        tasks: lm-eval tasks to score on the way, or none.
     """
 
     windows: Text | None = None
     every_steps: Positive = 1000
     micro_batch: Positive | None = None
+    tasks: TasksSection | None = None
 
 
 class LoggingSection(Section):

@@ -16,6 +16,7 @@ from megatron_inherit.train.preflight import plan_run
 from megatron_inherit.train.progress import Progress
 from megatron_inherit.train.session import Resume, Session, open_session
 from megatron_inherit.train.state import RunState, next_start
+from megatron_inherit.train.tasks import score_tasks_if_due
 from megatron_inherit.train.untie import untie_if_due
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def train(run: Session) -> RunState:
             upkeep.compare_ranks(run, state)
             if upkeep.is_due(state.step, run.plan.config.eval.every_steps, run.plan.total_steps):
                 upkeep.evaluate_now(run, state)
+            score_tasks_if_due(run, state)
             untie_if_due(run, state)
             stopping = upkeep.is_stopping(run, state.step - first)
             upkeep.save_if_due(run, dataclasses.replace(state, seconds=clock.total()), stopping)

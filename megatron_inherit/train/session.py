@@ -33,6 +33,7 @@ from megatron_inherit.train.run_folder import (
 )
 from megatron_inherit.train.signals import StopRequest
 from megatron_inherit.train.spikes import SpikePolicy
+from megatron_inherit.train.tasks import TaskScorer, open_tasks
 from megatron_inherit.train.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ class Session:
         windows: Evaluation windows, or None.
         identity: What a checkpoint must share with this run.
         saver, metrics, meter, watchdog, stop, pace, spikes, profiler: The loop's helpers.
+        tasks: What is scored on the way, or None.
         resume: Whether checkpoints that are there are continued.
         skipped: Ranges of samples that rollbacks gave up, kept in a file of the run's folder.
     """
@@ -76,6 +78,7 @@ class Session:
     pace: Pace
     spikes: SpikePolicy
     profiler: Profiler
+    tasks: TaskScorer | None = None
     resume: Resume = "auto"
     skipped: list[tuple[int, int]] = field(default_factory=list)
 
@@ -119,6 +122,7 @@ def open_session(plan: RunPlan, *, resume: Resume = "auto", profile: bool = Fals
             on_silence=lambda sentence: _end(plan.output, sentence),
         )
         loader, windows = open_data(plan, rank)
+        tasks = None if plan.config.eval.tasks is None else open_tasks(plan, read_side_files(plan, loader))
         engine = stack.enter_context(_engine(plan, loader))
         stack.enter_context(watchdog)
         identity = identity_of(plan, loader)
@@ -136,6 +140,7 @@ def open_session(plan: RunPlan, *, resume: Resume = "auto", profile: bool = Fals
             pace=Pace(guard.straggler_score),
             spikes=SpikePolicy(guard.spike_window, guard.spike_sigma, guard.spike_patience),
             profiler=_profiler(plan, rank, profile),
+            tasks=tasks,
             resume=resume,
             skipped=_read_skipped(plan.output),
         )

@@ -7,9 +7,11 @@ training. Only imported where lm-eval is installed.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -17,8 +19,35 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from megatron_inherit.base.errors import UsageError
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
+Reduce = Callable[[Sequence[float]], "list[float]"]
 Request = tuple[Any, list[int], list[int]]
 LARGEST_BATCH = 1 << 15
+LONGEST_WINDOW = 2048
+LOGITS_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of the requests this process scores; without one it scores all.
+
+    Attributes:
+        rank, size: Of the replicas of the model; all ranks of one replica have the same.
+        reduce: Adds numbers over the replicas, the same result on every rank.
+    """
+
+    rank: int
+    size: int
+    reduce: Reduce
+
+
+def window_of(max_positions: int | None) -> int:
+    """Gives the tokens of the longest window that a model is scored on."""
+    return min(max_positions or LONGEST_WINDOW, LONGEST_WINDOW)
+
+
+def batch_tokens_of(vocab_size: int) -> int:
+    """Chooses the tokens of a batch beside a model in training: its logits, held three times in fp32, get 1 GiB."""
+    return max(256, min(8192, LOGITS_BYTES // (3 * 4 * vocab_size)))
 
 
 class LogitsModel(TemplateLM):
@@ -29,13 +58,22 @@ class LogitsModel(TemplateLM):
             the right changes nothing before it.
         tokenizer: Of transformers.
         max_length: Longest window in tokens; longer contexts lose their beginning.
-        batch_tokens: Tokens of a batch; halved for good when a device runs out of memory.
+        batch_tokens: Tokens of a batch; halved for good when the device of a process alone runs out of memory.
+        share: Replicas among which the requests are shared out.
     """
 
-    def __init__(self, logits: Logits, tokenizer: Any, *, max_length: int, batch_tokens: int = LARGEST_BATCH) -> None:
+    def __init__(
+        self,
+        logits: Logits,
+        tokenizer: Any,
+        *,
+        max_length: int,
+        batch_tokens: int = LARGEST_BATCH,
+        share: Share | None = None,
+    ) -> None:
         super().__init__()
         self.logits, self.tokenizer = logits, tokenizer
-        self.max_length, self.batch_tokens = max_length, batch_tokens
+        self.max_length, self.batch_tokens, self.share = max_length, batch_tokens, share
 
     @property
     def eot_token_id(self) -> int:
@@ -82,6 +120,8 @@ class LogitsModel(TemplateLM):
             inputs[tuple((context + target)[-(self.max_length + 1) :][:-1])].append(number)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         queue = sorted(inputs, key=len, reverse=True)
+        if self.share is not None:
+            return self._shared(queue, inputs, requests, self.share)
         while queue:
             batch = queue[: max(1, self.batch_tokens // len(queue[0]))]
             rows = self._rows(batch)
@@ -94,19 +134,49 @@ class LogitsModel(TemplateLM):
                     answers[number] = _score(row[: len(tokens)], requests[number][2])
         return answers
 
+    def _shared(
+        self,
+        queue: Sequence[tuple[int, ...]],
+        inputs: Mapping[tuple[int, ...], Sequence[int]],
+        requests: Sequence[Request],
+        share: Share,
+    ) -> list[tuple[float, bool]]:
+        """Scores this replica's part and adds the parts up; one without a batch left runs along on another's.
+
+        The ranks of some engines must run forward passes together.
+        """
+        found = np.zeros((2, len(requests)))
+        while queue:
+            count = max(1, self.batch_tokens // len(queue[0]))
+            mine, queue = queue[: count * share.size][count * share.rank :][:count], queue[count * share.size :]
+            last = mine or [next(iter(inputs))]
+            with torch.no_grad():
+                rows = self.logits(_padded(last))
+            for tokens, row in zip(mine, rows, strict=False):
+                for number in inputs[tokens]:
+                    found[:, number] = _score(row[: len(tokens)], requests[number][2])
+        added = share.reduce(found.reshape(-1).tolist())
+        return [
+            (score, greedy > 0) for score, greedy in zip(added[: len(requests)], added[len(requests) :], strict=True)
+        ]
+
     def _rows(self, batch: Sequence[tuple[int, ...]]) -> torch.Tensor | None:
         """Runs the model on a batch, or gives None where it does not fit the device and can be cut."""
-        padded = torch.zeros(len(batch), len(batch[0]), dtype=torch.long)
-        for row, tokens in zip(padded, batch, strict=True):
-            row[: len(tokens)] = torch.tensor(tokens)
         try:
             with torch.no_grad():
-                return self.logits(padded)
+                return self.logits(_padded(batch))
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise
             torch.cuda.empty_cache()
             return None
+
+
+def _padded(batch: Sequence[tuple[int, ...]]) -> torch.Tensor:
+    padded = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.long)
+    for row, tokens in zip(padded, batch, strict=True):
+        row[: len(tokens)] = torch.tensor(tokens)
+    return padded
 
 
 def _score(logits: torch.Tensor, target: Sequence[int]) -> tuple[float, bool]:
@@ -122,8 +192,13 @@ def hf_logits(model: Any) -> Logits:
     return lambda tokens: model(tokens.to(model.device)).logits
 
 
-def engine_logits(engine: Any, *, pipeline_size: int = 1) -> Logits:
+def engine_logits(engine: Any, *, multiple: int = 1, pipeline_size: int = 1) -> Logits:
     """Makes the function of an engine's model.
+
+    Args:
+        engine: All ranks call the function together.
+        multiple: Sequences are padded to a multiple of this, for engines that cut them.
+        pipeline_size: Stages of the pipeline.
 
     Raises:
         UsageError: The model is cut into pipeline stages.
@@ -131,6 +206,11 @@ def engine_logits(engine: Any, *, pipeline_size: int = 1) -> Logits:
     if pipeline_size > 1:
         raise UsageError(
             "Tasks cannot be scored during training with a pipeline.",
-            fix="Set engine.pipeline_parallel to 1, or run 'minherit evaluate' on the saved checkpoints.",
+            fix="Set parallel.pp=1, or run 'minherit evaluate' on the saved checkpoints.",
         )
-    return engine.logits
+
+    def logits(tokens: torch.Tensor) -> torch.Tensor:
+        length = tokens.size(1)
+        return engine.logits(torch.nn.functional.pad(tokens, (0, -length % multiple)))[:, :length]
+
+    return logits

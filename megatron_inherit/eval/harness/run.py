@@ -84,12 +84,15 @@ def evaluate(
     """Scores a model.
 
     Args:
-        model: An lm-eval ``LM``: of ``hf_model`` or ``engine_lm``.
+        model: An lm-eval ``LM``: ``harness.lm.LogitsModel`` of a folder or of an engine.
         tasks: Names: of tasks.yaml with ``data_dir``, of lm-eval without.
         chosen: The suite whose published figures stand beside ours.
         data_dir: Folder of local files.
         limit: First items of each task only.
         shots: Examples in the prompt, for lm-eval's own tasks.
+
+    Returns:
+        A row a metric; none on a node's processes beyond its first, where lm-eval gives no results.
     """
     quiet()
     harness = require("lm_eval", "'minherit evaluate'")
@@ -106,11 +109,15 @@ def evaluate(
             log_samples=False,
             bootstrap_iters=1000,
         )
-    return list(_rows(results, tasks, chosen, local=data_dir is not None))
+    return [] if results is None else list(_rows(results, tasks, chosen, local=data_dir is not None))
 
 
 def quiet() -> None:
-    """Keeps lm-eval's notes about its own configuration, and its bars where nobody watches, off the screen."""
+    """Keeps lm-eval's notes about its own configuration, and its bars where nobody watches, off the screen.
+
+    Its bootstrap stays in this process: a training's children would inherit its handling of signals and never end.
+    """
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")
     if not sys.stderr.isatty():
         os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it when it is imported
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -205,11 +212,11 @@ def hf_model(folder: Path, *, device: str, dtype: str, batch_size: int | str = "
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     quiet()
     require("lm_eval", "'minherit evaluate'")
-    from megatron_inherit.eval.harness.lm import LARGEST_BATCH, LogitsModel, hf_logits
+    from megatron_inherit.eval.harness.lm import LARGEST_BATCH, LogitsModel, hf_logits, window_of
 
     tokenizer = load_tokenizer(folder)
     model = load_model(folder, device=device, dtype=dtype)
-    window = min(getattr(model.config, "max_position_embeddings", None) or 2048, 2048)
+    window = window_of(getattr(model.config, "max_position_embeddings", None))
     tokens = LARGEST_BATCH if batch_size == "auto" else int(batch_size) * window
     if batch_size == "auto" and device == "cpu":
         tokens = cpu_batch_tokens(model.config.vocab_size, free=_free_memory())
