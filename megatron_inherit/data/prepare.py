@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_inherit.base.errors import DataError
 from megatron_inherit.data.budget import make_subset
 from megatron_inherit.data.ingest import IngestOptions, ingest
-from megatron_inherit.data.jobs import Report
+from megatron_inherit.data.jobs import Report, start_server
 from megatron_inherit.data.loader import LoaderOptions, open_loader
 from megatron_inherit.data.manifests import MANIFEST, ShardRecord, SubsetManifest, SubsetOptions, TokensManifest
 from megatron_inherit.data.tokenize import TokenizeOptions, tokenize
@@ -58,6 +58,8 @@ def prepare(
         DataError: As the three steps do.
     """
     out = Path(out)
+    if workers > 1:
+        start_server("megatron_inherit.data.tokenize")
     ingest(
         list(sources),
         out / "text",
