@@ -89,14 +89,14 @@ def scatter(pool: FilePool, pieces: Iterable[Piece], start: Shape, values: np.nd
         if len(cluster) == 1 and cluster[0].extent.is_dense:
             view = row_major(_view(values, cluster[0], start))
             pool.write_from(cluster[0].extent.file, low, _bytes(view))
+        elif len(cluster) == 1 and is_transposed(cluster) and cluster[0].extent.strides[0] == 1:
+            turned = row_major(_view(values, cluster[0], start).T)
+            _move_runs(pool.write_from, cluster[0].extent, turned.T)
         elif sum(piece.extent.nbytes for piece in cluster) == high - low:
             block = np.empty(high - low, np.uint8)
             for piece in cluster:
                 _strided(block, piece.extent, low)[...] = _view(values, piece, start)
             pool.write_from(cluster[0].extent.file, low, block.data)
-        elif len(cluster) == 1 and cluster[0].extent.strides[0] == 1 and values.ndim == 2:
-            turned = row_major(_view(values, cluster[0], start).T)
-            _move_runs(pool.write_from, cluster[0].extent, turned.T)
         else:
             for piece in cluster:
                 _write_strided(pool, piece.extent, _view(values, piece, start))
