@@ -26,6 +26,13 @@ Compress = Annotated[str, typer.Option(help="Round or prune the blocks' matrices
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and the exact bytes, write nothing.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")]
+Place = Annotated[
+    str,
+    typer.Option(
+        help="front, middle, back, even, proportional (default, with at least as many layers as stages), auto, "
+        "or a stage a layer: 0,0,1,2."
+    ),
+]
 Windows = Annotated[str, typer.Option(help="File of evaluation windows; --place auto is measured on them.")]
 
 
@@ -142,9 +149,7 @@ def expand(
     learngene: Annotated[Path, typer.Argument(help="Learngene, run or training checkpoint of an auxiliary.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     depth: Annotated[int, typer.Option(min=1, help="Layers of the descendant.")],
-    place: Annotated[
-        str, typer.Option(help="front, middle, back, even, proportional, auto, or a stage a layer: 0,0,1,2.")
-    ] = "proportional",
+    place: Place = "",
     windows: Windows = "",
     format: Annotated[str, typer.Option(help="hf, meta, megatron, torch_dist or ds_universal.")] = "hf",
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel size of the output.")] = 1,
@@ -173,7 +178,7 @@ def family(
     learngene: Annotated[Path, typer.Argument(help="Learngene, run or training checkpoint of an auxiliary.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that gets one folder a depth.")],
     depths: Annotated[str, typer.Option(help="For instance 6-16 or 6,8,12.")] = "6-16",
-    place: Annotated[str, typer.Option(help="As for expand.")] = "proportional",
+    place: Place = "",
     windows: Windows = "",
     auxiliary_steps: Annotated[int, typer.Option(min=0, help="Steps the auxiliary took, for the report.")] = 0,
     tuning_steps: Annotated[int, typer.Option(min=0, help="Steps each descendant will take.")] = 0,
@@ -225,7 +230,7 @@ def _plan_and_model(text: str, model: str) -> tuple[StagePlan, ModelConfig | Non
     from megatron_inherit.sharing.stage_plan import parse_plan
 
     config: ModelConfig | None = None
-    if Path(text).exists():
+    if text and Path(text).exists():
         with _open(text) as source:
             return require_plan(source), source.config
     stages = parse_plan(text)

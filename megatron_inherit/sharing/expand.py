@@ -29,20 +29,26 @@ def place(plan: StagePlan, depth: int, rule: str) -> tuple[int, ...]:
 
     ``front``, ``middle`` and ``back`` give every stage depth // S layers and the remainder to the first, the central or
     the last stages (the released code is ``front``); ``even`` spreads it; ``proportional`` follows the auxiliary's own
-    repeats, so that its own depth gives its own layout; else a list of stages such as ``0,0,1,2``.
+    repeats, so that its own depth gives its own layout, and is what no rule means; else a list of stages such as
+    ``0,0,1,2``. Fewer layers than stages leave stages out: only ``even``, ``proportional`` and a list do that.
 
     Args:
         plan: The auxiliary's.
         depth: Layers of the descendant.
-        rule: Which.
+        rule: Which; may be empty.
 
     Raises:
         UsageError: The rule is unknown, does not fit the depth or a plan that is not contiguous.
     """
-    if rule not in RULES:
+    if rule and rule not in RULES:
         return _explicit(plan, depth, rule)
     stages, order = plan.num_stages, plan.stages
-    if rule == "proportional":
+    if depth < stages and rule not in ("even", "proportional"):
+        raise UsageError(
+            f"{depth} layers cannot hold the {stages} stages of the learngene.",
+            fix="Say which stages to take: --place even, proportional, or a list such as 0,1,3.",
+        )
+    if rule in ("", "proportional"):
         return tuple(order[layer * plan.num_layers // depth] for layer in range(depth))
     if tuple(sorted(order)) != order:
         raise UsageError(
@@ -51,11 +57,6 @@ def place(plan: StagePlan, depth: int, rule: str) -> tuple[int, ...]:
         )
     if rule == "even":
         return tuple(layer * stages // depth for layer in range(depth))
-    if depth < stages:
-        raise UsageError(
-            f"{depth} layers cannot hold the {stages} stages of the learngene.",
-            fix="Say which stages to take: --place even, proportional, or a list such as 0,1,3.",
-        )
     rest = depth % stages
     first = {"front": 0, "middle": (stages - rest) // 2, "back": stages - rest}[rule]
     counts = [depth // stages + (first <= stage < first + rest) for stage in range(stages)]

@@ -212,6 +212,8 @@ def test_damaged_packing_is_refused(tmp_path, learngene, change):
         ("middle", 12, (2, 3, 3, 2, 2)),
         ("even", 12, (3, 2, 3, 2, 2)),
         ("proportional", 16, (3, 3, 4, 3, 3)),
+        ("", 16, (3, 3, 4, 3, 3)),
+        ("proportional", 4, (1, 1, 1, 1, 0)),
         ("even", 3, (1, 1, 0, 1, 0)),
         ("0,0,1,4", 4, (2, 1, 0, 0, 1)),
     ],
@@ -239,10 +241,16 @@ def test_auto_tries_each_different_placement_once():
 
 @pytest.mark.parametrize(
     ("rule", "depth", "message"),
-    [("front", 4, "cannot hold"), ("sideways", 5, "not understood"), ("0,1", 3, "each of the 3"), ("0,9", 2, "each")],
+    [
+        ("front", 4, "cannot hold"),
+        ("", 4, "cannot hold.*--place even"),
+        ("sideways", 5, "not understood"),
+        ("0,1", 3, "each of the 3"),
+        ("0,9", 2, "each"),
+    ],
 )
 def test_impossible_placements_are_refused(rule, depth, message):
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(UsageError, match=f"(?s){message}"):
         place(contiguous((3, 3, 4, 3, 3)), depth, rule)
 
 
