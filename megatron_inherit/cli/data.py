@@ -88,7 +88,8 @@ def tokenize(
     from megatron_inherit.data.jobs import start_server
 
     if workers > 1:
-        start_server("megatron_inherit.data.tokenize", "sentencepiece", "tokenizers")
+        fast = () if backend == "own" else ("gigatoken", "awkward")
+        start_server("megatron_inherit.data.tokenize", "sentencepiece", "tokenizers", *fast)
     from megatron_inherit.data.ingest import open_documents
     from megatron_inherit.data.merge import merge_domains
     from megatron_inherit.data.tokenize import TokenizeOptions
@@ -157,7 +158,8 @@ def subset(
         test_share=test,
         split_seed=split_seed,
     )
-    made = make_subset(sources, out, options, overwrite=overwrite)
+    with ProgressMeter("subset") as meter:
+        made = make_subset(sources, out, options, overwrite=overwrite, on_progress=meter.add)
     for split in made.splits:
         _show(inspect_data(out, split=split), as_json)
 

@@ -63,6 +63,8 @@ class ProgressMeter:
 
     def _text(self, now: float) -> str:
         seconds = max(1e-6, now - self._begun)
+        if not self._bytes:
+            return f"{self._documents} documents, {format_count(self._documents / seconds)} a second"
         done = format_bytes(self._bytes)
         if self._total:
             done += f" of {format_bytes(self._total)} ({100 * self._bytes / self._total:.0f}%)"

@@ -17,6 +17,7 @@ from megatron_inherit.base.atomic import require_space
 from megatron_inherit.base.errors import DataError
 from megatron_inherit.base.log import get_logger
 from megatron_inherit.data.corpus import Corpus, open_corpus
+from megatron_inherit.data.jobs import Progress, Report
 from megatron_inherit.data.leftovers import swept_folder
 from megatron_inherit.data.manifests import (
     MANIFEST,
@@ -41,7 +42,12 @@ _log = get_logger(__name__)
 
 
 def make_subset(
-    sources: Sequence[str], out: str | Path, options: SubsetOptions, *, overwrite: bool = False
+    sources: Sequence[str],
+    out: str | Path,
+    options: SubsetOptions,
+    *,
+    overwrite: bool = False,
+    on_progress: Report | None = None,
 ) -> SubsetManifest:
     """Draws a subset of folders of tokens and ``.bin/.idx`` prefixes.
 
@@ -50,6 +56,7 @@ def make_subset(
         out: New folder: ``manifest.json`` and, for each split, ``SPLIT.starts`` and ``SPLIT.ends``.
         options: What to draw.
         overwrite: Replaces ``out``.
+        on_progress: Gets how many documents were read.
 
     Raises:
         DataError: Sources are damaged or do not fit each other, or a domain has too few tokens and ``on_short`` is
@@ -63,7 +70,7 @@ def make_subset(
     budgets = None if options.tokens is None else divide(options.tokens, weights)
     unique = _unique_budgets(budgets, weights, options)
     with swept_folder(out, "subset", overwrite=overwrite) as folder:
-        drawing = _Drawing(corpus, folder, options, unique)
+        drawing = _Drawing(corpus, folder, options, unique, on_progress or (lambda progress: None))
         drawing.run()
         splits = {role: drawing.write_split(role, weights, budgets if role == "train" else None) for role in ROLES}
         manifest = SubsetManifest(
@@ -93,8 +100,10 @@ def _unique_budgets(
 class _Drawing:
     """Sorts documents by hash, bucket by bucket, and lays each domain's spans aside until its budget is met."""
 
-    def __init__(self, corpus: Corpus, folder: Path, options: SubsetOptions, budgets: dict[str, int] | None) -> None:
-        self.corpus, self.folder, self.options = corpus, folder, options
+    def __init__(
+        self, corpus: Corpus, folder: Path, options: SubsetOptions, budgets: dict[str, int] | None, report: Report
+    ) -> None:
+        self.corpus, self.folder, self.options, self.report = corpus, folder, options, report
         self.budgets = budgets
         self.limit = self._key_limit()
         self.duplicates = np.zeros(len(corpus.domains), np.int64)
@@ -160,6 +169,7 @@ class _Drawing:
                 keep = out["tokens"] > 0
                 if self.limit < 2**64:
                     keep &= (out["key"] < np.uint64(self.limit)) | (out["role"] > 0)
+                self.report(Progress(documents=len(out)))
                 yield out[keep]
 
     def _take(self, records: np.ndarray) -> None:

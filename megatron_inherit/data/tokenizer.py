@@ -89,6 +89,7 @@ def _vocabulary_file(path: Path) -> Path:
     raise DataError(
         f"No tokenizer at {path}.",
         expected=f"'bytes', a file tokenizer.json or *.model, or a folder with one of {', '.join(names)}",
+        fix="For a name on the Hugging Face hub: hf download NAME --include 'tokenizer*' --local-dir FOLDER.",
     )
 
 
