@@ -170,7 +170,10 @@ class Growth:
                 margin,
             )
         else:
-            logger.info("Not vacuous: the teacher beats a random student of its size by %s nats.", gap)
+            weak = "" if row["clear"] else f", within two standard errors of the margin of {margin:g}"
+            logger.info(
+                "Not vacuous: the teacher beats a random student of %d blocks by %s nats%s.", row["layers"], gap, weak
+            )
 
     def _round(self, number: int, num_layers: int) -> None:
         rule, mode = self.plan.rule, self.plan.config.grow.mode

@@ -12,8 +12,9 @@ from megatron_inherit.arch.model_config import ModelConfig
 from megatron_inherit.base.errors import ConfigError
 from megatron_inherit.config.load import apply_override, build_config
 from megatron_inherit.config.schema import RunConfig
+from megatron_inherit.engines.check import check_options
 from megatron_inherit.inherit.grow import Rule
-from megatron_inherit.train.preflight import RunPlan, plan_run
+from megatron_inherit.train.preflight import RunPlan, engine_options, plan_run
 
 TEACHER, CONTROL, START = "teacher", "control", "start"
 
@@ -94,7 +95,8 @@ def plan_growth(config: RunConfig, *, processes: int = 1) -> GrowthPlan:
         processes: Of each training.
 
     Raises:
-        ConfigError: The recipe does not fit, has no evaluation windows, or leaves nothing to grow.
+        ConfigError: The recipe does not fit the teacher or a student, has no evaluation windows, or leaves nothing to
+            grow.
         CheckpointError: The teacher is missing or damaged.
     """
     if config.eval.windows is None:
@@ -102,6 +104,8 @@ def plan_growth(config: RunConfig, *, processes: int = 1) -> GrowthPlan:
             "eval.windows: a growth compares losses on fixed windows.",
             fix="Make them with 'minherit data windows' and set eval.windows.",
         )
+    if config.sharing.plan is not None or config.sharing.untie:
+        raise ConfigError("sharing.plan: a growth changes the number of blocks, and stages would not cover them.")
     teacher = plan_run(config, world_size=processes)
     section, depth = config.grow, teacher.model.num_layers
     rule = Rule(
@@ -113,7 +117,10 @@ def plan_growth(config: RunConfig, *, processes: int = 1) -> GrowthPlan:
         through_vacuous=section.when_vacuous == "continue",
     )
     plan = GrowthPlan(config, teacher, rule)
-    plan.student_recipe(plan.folder / START, "round")
+    student = plan.student_recipe(plan.folder / START, "round")
+    for num_layers in rule.depths:
+        model = teacher.model.with_layers(num_layers)
+        check_options(student.engine, engine_options(student), model, world_size=processes)
     return plan
 
 

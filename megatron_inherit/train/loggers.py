@@ -75,7 +75,7 @@ class MLflow:
     """A run of MLflow, in ``mlruns/`` of the run unless a server is named.
 
     The files need no database package, which ``mlflow-skinny`` does not bring; MLflow 3 wants to be told that they are
-    meant. ``mlflow ui --backend-store-uri RUN/mlruns`` shows them.
+    meant. ``mlflow ui --backend-store-uri RUN/mlruns`` of the full package shows them.
     """
 
     def __init__(self, folder: Path, project: str, name: str, config: Mapping[str, Any]) -> None:

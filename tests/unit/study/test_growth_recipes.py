@@ -67,6 +67,19 @@ def test_bad_recipes_end_with_a_sentence_and_their_code(path, capsys, override, 
     assert "Traceback" not in error
 
 
+def test_a_depth_that_the_pipeline_cannot_hold_is_refused_before_the_first_run(path, capsys):
+    shape = "model.shape={num_layers: 4, hidden_size: 32, head_dim: 8, ffn_size: 64}"
+    words = ["grow", path, shape, "parallel.pp=2", "--processes", "2", "--dry-run"]
+    assert main([*words, "grow.start=2", "grow.increment=2"]) == 0
+    assert main([*words, "grow.start=2", "grow.increment=1"]) == 3
+    assert "3" in capsys.readouterr().err
+
+
+def test_stages_of_shared_weights_do_not_grow(path, capsys):
+    assert main(["grow", path, "sharing.plan='2'"]) == 3
+    assert "sharing.plan" in capsys.readouterr().err
+
+
 def test_a_dry_run_tells_the_rounds_and_writes_nothing(path, tmp_path, capsys):
     assert main(["grow", path, "--dry-run"]) == 0
     out = capsys.readouterr().out
