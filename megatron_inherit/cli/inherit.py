@@ -39,10 +39,15 @@ FormatName = Annotated[str, typer.Option(help="Format of the student: hf, meta, 
 Tp = Annotated[int, typer.Option(min=1, help="Tensor-parallel size of the student.")]
 Pp = Annotated[int, typer.Option(min=1, help="Pipeline-parallel size of the student.")]
 Vpp = Annotated[int, typer.Option(min=1, help="Virtual chunks a pipeline rank.")]
+Dialect = Annotated[str, typer.Option(help="Variant of the format, where it has several.")]
+VocabMultiple = Annotated[
+    int, typer.Option(min=1, help="The vocabulary is padded to a multiple of this times tp, where the format pads.")
+]
 MaxShardSize = Annotated[str, typer.Option(help="Largest file of a Hugging Face folder.")]
 Optimizer = Annotated[str, typer.Option(help="keep: take the optimizer state along; drop.")]
 ZeroCopy = Annotated[bool, typer.Option("--zero-copy", help="torch_dist only: hard links, new metadata.")]
 HashTeacher = Annotated[bool, typer.Option("--hash-teacher", help="Hash the teacher's whole files too.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Can be continued by the same command.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Tensors moved at once.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and the exact bytes, write nothing.")]
@@ -64,10 +69,13 @@ def inherit(
     tp: Tp = 1,
     pp: Pp = 1,
     vpp: Vpp = 1,
+    dialect: Dialect = "",
+    vocab_multiple: VocabMultiple = 128,
     max_shard_size: MaxShardSize = "5GB",
     optimizer: Optimizer = "drop",
     zero_copy: ZeroCopy = False,
     hash_teacher: HashTeacher = False,
+    resume: Resume = False,
     threads: Threads = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
@@ -88,7 +96,8 @@ def inherit(
     if not dry_run:
         refuse_existing(student, overwrite=overwrite, source=teacher)
     roles = parse_roles(reset or ())
-    layout = Layout(format=format, tp=tp, pp=pp, vpp=vpp, max_shard_bytes=parse_bytes(max_shard_size))
+    cut = {"tp": tp, "pp": pp, "vpp": vpp, "vocab_multiple": vocab_multiple}
+    layout = Layout(format=format, dialect=dialect, max_shard_bytes=parse_bytes(max_shard_size), **cut)
     source, config = open_teacher(teacher, everything_fresh=len(roles) == 7)
     chosen = choose_layers(layers, teacher, config)
     fixed = fit(teacher, chosen, repair, text=repair_text, fresh=bool(roles) or as_published) if repair else None
@@ -97,18 +106,9 @@ def inherit(
     record: dict[str, object] = {"as_published": as_published}
     if hash_teacher and source is not None and not dry_run:
         record["teacher_files"] = hash_files(source)
+    switches = {"dry_run": dry_run, "as_json": as_json, "overwrite": overwrite, "resume": resume}
     with repaired(plan, fixed, repair, record) as final:
-        run_transfer(
-            final,
-            source,
-            student,
-            dry_run=dry_run,
-            as_json=as_json,
-            overwrite=overwrite,
-            threads=threads,
-            zero_copy=zero_copy,
-            record=record,
-        )
+        run_transfer(final, source, student, threads=threads, zero_copy=zero_copy, record=record, **switches)
 
 
 def _plan(

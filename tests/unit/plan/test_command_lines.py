@@ -149,6 +149,24 @@ def test_zero_copy_shares_the_files(teacher, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "no").exists()
 
 
+def test_a_student_in_any_layout_can_be_continued(teacher, arrays, tmp_path, capsys, monkeypatch):
+    words = ["inherit", str(teacher), str(tmp_path / "s"), "--layers", "2,0", "--format", "torch_dist", "--tp", "2"]
+    words += ["--dialect", "global", "--vocab-multiple", "5", "--resume", "--threads", "1", "--json"]
+    monkeypatch.setenv("MI_FAULT", "transfer:*:9:raise")
+    assert main(words) == 1
+    assert not (tmp_path / "s").exists()
+    monkeypatch.delenv("MI_FAULT")
+    capsys.readouterr()
+    assert main(words) == 0
+    done = json.loads(capsys.readouterr().out)
+    assert 0 < done["bytes_written"] < 0.9 * done["bytes_to_write"]
+    with open_source(tmp_path / "s") as source:
+        assert source.details["homogeneous"] is False
+        assert np.array_equal(source.read("layers.0.attn.o.weight").array(), arrays["layers.2.attn.o.weight"])
+    metadata = dcp_metadata.read_metadata(tmp_path / "s" / "release")
+    assert metadata.tensors["embedding.word_embeddings.weight"].shape == (130, 32)
+
+
 @pytest.mark.slow
 def test_doors_for_megatron_users(teacher, tmp_path):
     tools = {"convert": [], "inherit": ["--layers", "first:2"]}
