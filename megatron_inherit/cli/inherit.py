@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -96,7 +96,7 @@ def inherit(
     if not dry_run:
         refuse_existing(student, overwrite=overwrite, source=teacher)
     roles = parse_roles(reset or ())
-    cut = {"tp": tp, "pp": pp, "vpp": vpp, "vocab_multiple": vocab_multiple}
+    cut: dict[str, Any] = {"tp": tp, "pp": pp, "vpp": vpp, "vocab_multiple": vocab_multiple}
     layout = Layout(format=format, dialect=dialect, max_shard_bytes=parse_bytes(max_shard_size), **cut)
     source, config = open_teacher(teacher, everything_fresh=len(roles) == 7)
     chosen = choose_layers(layers, teacher, config)
