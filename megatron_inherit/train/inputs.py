@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from megatron_inherit.base.errors import DataError
@@ -25,6 +26,7 @@ def open_data(plan: RunPlan, rank: int) -> tuple[Loader, EvalWindows | None]:
     """
     loader = open_run_loader(plan, rank)
     loader.require(plan.total_samples)
+    loader.num_samples = sys.maxsize  # samples that rollbacks give up are made up for from one pass more
     path = plan.config.eval.windows
     windows = None if path is None else EvalWindows.load(path)
     if windows is not None:
