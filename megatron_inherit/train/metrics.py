@@ -6,8 +6,10 @@ finite, with its sample ids), ``rollback``, ``save``, ``straggler``.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,8 +58,7 @@ class MetricsLog:
             return
         self._waiting.append(json.dumps({key: _finite(value) for key, value in row.items()}))
         try:
-            with self._path.open("a") as file:
-                file.write("".join(line + "\n" for line in self._waiting))
+            _append(self._path, "".join(line + "\n" for line in self._waiting).encode())
             self._waiting.clear()
         except OSError as error:
             logger.warning("%s cannot be written (%s); %d rows wait.", self._path, error.strerror, len(self._waiting))
@@ -161,6 +162,15 @@ def session_row(step: int, meter: Speedometer, facts: Row) -> dict[str, Any]:
         "peak_flops": meter.peak,
         **facts,
     }
+
+
+def _append(path: Path, data: bytes) -> None:
+    """Appends all of the bytes or, where they do not fit, none: half a line would damage the one that follows."""
+    with path.open("ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        if file.write(data) < len(data):
+            file.truncate(size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _finite(value: Any) -> Any:

@@ -2,6 +2,7 @@ import contextlib
 import json
 import math
 import re
+import resource
 import sqlite3
 import time
 
@@ -51,6 +52,20 @@ def test_rows_are_json_and_a_failing_logger_is_left_out(tmp_path, caplog):
     assert taking.taken[0] == (1, {"train/loss": 2.5})
     assert taking.taken[-1] == "closed"
     assert caplog.text.count("bad failed and is left out") == 1
+
+
+def test_a_disk_that_fills_up_within_a_row_damages_none(tmp_path):
+    log = MetricsLog(tmp_path)
+    log.write({"kind": "train", "step": 1})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + 9, limits[1]))
+    try:
+        log.write({"kind": "train", "step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    log.write({"kind": "train", "step": 3})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
 
 
 def test_rows_that_could_not_be_written_are_written_later(tmp_path):
