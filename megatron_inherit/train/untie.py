@@ -37,11 +37,15 @@ def untie_if_due(run: Session, state: RunState) -> None:
 
 
 def losses_since_split(run: Session) -> list[float]:
-    """Gives the validation losses of the run since its stages were last split, oldest first, on every rank."""
+    """Gives the validation losses of the run since its stages were last split, oldest first, on every rank.
+
+    A split that a crash undid, for no checkpoint was saved after it, left its row but not its plan.
+    """
     losses: list[float] = []
-    if run.is_first:
+    sharing = run.plan.options.sharing
+    if run.is_first and sharing is not None:
         for row in read_metrics(run.plan.output / "metrics.jsonl"):
-            if row["kind"] == "untie":
+            if row["kind"] == "untie" and row["plan"] == str(sharing.plan):
                 losses = []
             elif row["kind"] == "eval":
                 losses.append(row["loss"])
