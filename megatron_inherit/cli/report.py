@@ -47,7 +47,7 @@ def _print_arms(paths: list[Path]) -> None:
     from megatron_inherit.eval.run_facts import arms_of_groups
     from megatron_inherit.eval.runs import find_runs
 
-    table = Table("run", "blocks", "tokens", "loss at step 0", "final loss", "to random", "tokens/s", "time")
+    table = Table("run", "blocks", "tokens", "loss at start", "final loss", "against random", "tokens/s", "time")
     for arm in arms_of_groups(group_runs(find_runs(paths))):
         table.add_row(
             arm.label,

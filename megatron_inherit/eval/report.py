@@ -100,6 +100,8 @@ def render(
     students = [group for group, arm in zip(groups, arms, strict=True) if not arm.is_teacher]
     teacher = next(((arm.label, arm.loss) for arm in arms if arm.is_teacher and arm.loss is not None), None)
     maps = _maps(groups)
+    best = min((arm for arm in arms if arm.loss is not None and not arm.is_teacher), key=_loss, default=None)
+    paced = best or arms[0]
     page = {
         "title": title or _title(runs, maps),
         "subtitle": f"{len(runs)} runs" if len(runs) > 1 else str(runs[0].path),
@@ -110,11 +112,12 @@ def render(
         "baseline": next((arm.label for arm in arms if arm.is_baseline), None),
         "several_seeds": any(arm.seeds > 1 for arm in arms),
         "show_blocks": _differs([arm.layers for arm in arms]),
-        "show_parameters": len(arms) == 1 and arms[0].parameters is not None,
+        "show_mfu": any(arm.mfu is not None for arm in arms),
+        "show_parameters": any(arm.parameters is not None for arm in arms),
         "colors": _colors(arms),
         "maps": maps,
         "map_key": [(state, words) for state, words in MAP_KEY if any(drawing.has(state) for *_, drawing in maps)],
-        "best": min((arm for arm in arms if arm.loss is not None and not arm.is_teacher), key=_loss, default=None),
+        "best": best,
         "charts": [*_loss_charts(students, teacher), *_sweep_chart([arm for arm in arms if not arm.is_teacher])],
         "tasks": task_tables(
             [(Path(result["checkpoint"]).name, result) for result in evaluations]
@@ -124,7 +127,8 @@ def render(
         "machines": _machines(runs),
         "formula": MFU_FORMULAS.get(arms[0].mfu_formula, arms[0].mfu_formula),
         "price": price,
-        "costs": [(budget, _cost(arm, budget, price)) for arm in arms[:1] for budget in LONG_BUDGETS],
+        "paced": paced.label,
+        "costs": [(budget, _cost(paced, budget, price)) for budget in LONG_BUDGETS],
         "commands": [(group.label, *_commands(group.runs[0])) for group in groups],
         "recipes": [(group.label, _recipe_text(group.runs[0])) for group in groups if group.runs[0].recipe],
     }
@@ -290,11 +294,14 @@ def _cost(arm: Arm, budget: int, price: float | None) -> tuple[float, float | No
     return hours, None if price is None else hours * price
 
 
-def _commands(run: Run) -> tuple[str, str]:
+def _commands(run: Run) -> tuple[str, str, str]:
+    """When and how a run was started; how it is made again in a new folder, the old being done; that under SLURM."""
+    program, _, words = str(run.environment.get("command") or "").partition(" ")
+    made = f"{run.environment.get('date') or ''}  {Path(program).name} {words}" if program else ""
     recipe = shlex.quote(str(run.path / "run.yaml"))
-    again = f"minherit train {recipe}"
+    again = f"minherit train {recipe} run.output={shlex.quote(str(run.path))}-again"
     cluster = f"minherit launch slurm {recipe} --nodes 4 --gpus-per-node 8 --output {shlex.quote(str(run.path))}-slurm"
-    return again, cluster
+    return made.strip(), again, cluster
 
 
 def _recipe_text(run: Run) -> str:

@@ -60,6 +60,9 @@ class Arm:
         return None if self.seconds is None else self.seconds / 3600 * self.devices
 
 
+_OF_THE_RUN = ("host", "command", "date", "num_layers", "parameters", "slurm_job")
+
+
 @dataclasses.dataclass(frozen=True)
 class Machine:
     """Hardware and versions of a run."""
@@ -110,8 +113,8 @@ def _compared(arms: list[Arm]) -> list[Arm]:
 
 
 def machine_of(run: Run) -> Machine:
-    """Flattens environment.json to named lines; empty values and the host's name, in a page to share, are left out."""
-    return Machine(tuple(_flatten({key: value for key, value in run.environment.items() if key != "host"})))
+    """Flattens environment.json to named lines, without empty values, what is of one run, and the host's name."""
+    return Machine(tuple(_flatten({key: value for key, value in run.environment.items() if key not in _OF_THE_RUN})))
 
 
 def _arm(run: Run) -> Arm:

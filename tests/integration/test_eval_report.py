@@ -42,6 +42,25 @@ def test_arms_on_different_windows_are_not_compared(study, tmp_path):
     assert "cannot be compared" in out.read_text()
 
 
+def test_a_run_is_made_again_beside_the_old_one_and_machines_are_told_once(study, tmp_path):
+    out = tmp_path / "report.html"
+    assert main(["report", str(study), "--out", str(out)]) == 0
+    page = out.read_text()
+    assert f"run.output={study / 'inherit'}-again" in page
+    assert "2026-01-01T00:00:00Z  minherit train inherit" in page
+    assert "/opt/venv" not in page
+    assert page.count("versions: torch") == 1
+
+
+def test_what_no_run_has_is_no_column(study, tmp_path):
+    out = tmp_path / "report.html"
+    assert main(["report", str(study), "--out", str(out)]) == 0
+    assert "MFU" not in out.read_text()
+    write_run(study / "fast", mfu=0.5)
+    assert main(["report", str(study), "--out", str(out)]) == 0
+    assert "<th>MFU</th>" in out.read_text()
+
+
 def test_a_sweep_of_depths_is_drawn(tmp_path):
     for layers, loss in ((2, 3.0), (4, 2.7), (6, 2.6)):
         write_run(tmp_path / "study" / f"n-{layers}", layers=layers, final=loss)

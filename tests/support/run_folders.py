@@ -44,6 +44,8 @@ def write_run(
         "device": "cpu",
         "num_layers": layers,
         "parameters": 1000 * layers,
+        "command": f"/opt/venv/bin/minherit train {folder.name}",
+        "date": "2026-01-01T00:00:00Z",
         "versions": {"torch": "2.13.0", "python": "3.11.7"},
     }
     (folder / "environment.json").write_text(json.dumps(environment))
