@@ -6,11 +6,10 @@ from megatron_inherit.base.errors import UsageError
 
 _CUT = {"hf": (), "meta": ("tp",)}
 """Format -> the parallel sizes it is cut by; the others know all of them."""
-_WITHOUT_OPTIMIZER = ("hf", "meta", "megatron")
 
 
 def refuse_ignored(format: str, *, tp: int = 1, pp: int = 1, vpp: int = 1, optimizer: str = "drop") -> bool:
-    """Refuses what a format has no place for, so that nothing asked for is left out in silence.
+    """Refuses sizes that a format is not cut by, so that nothing asked for is left out in silence.
 
     Args:
         format: Name of the output's format.
@@ -33,9 +32,4 @@ def refuse_ignored(format: str, *, tp: int = 1, pp: int = 1, vpp: int = 1, optim
                 f"--{name} {size} means nothing to the format {format}, whose files are not cut that way.",
                 fix=f"Leave --{name} out, or choose --format megatron or torch_dist.",
             )
-    if optimizer == "keep" and format in _WITHOUT_OPTIMIZER:
-        raise UsageError(
-            f"--optimizer keep: the format {format} has no place for optimizer state.",
-            fix="Choose --format ds_universal, or leave --optimizer keep out.",
-        )
     return optimizer == "keep"

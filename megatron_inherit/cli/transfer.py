@@ -152,20 +152,22 @@ def _line_every(seconds: float, total: int) -> Callable[[int], None]:
 def _summary(plan: TransferPlan, output: _Output, source: Source | None) -> list[str]:
     lines = [plan.title[0].upper() + plan.title[1:]]
     if plan.layer_map is not None and plan.origin is not None:
-        lines.append(f"  blocks   0-{len(plan.layer_map) - 1} <- {describe_layers(plan.layer_map)}")
+        lines.append(f"  blocks   {describe_layers(range(len(plan.layer_map)))} <- {describe_layers(plan.layer_map)}")
     lines.append("  ops      " + ", ".join(f"{count} {kind}" for kind, count in count_kinds(plan.ops).items()))
     if plan.dropped:
         lines.append(f"  dropped  {len(plan.dropped)} tensors of the source")
     if output.linked:
         size = sum(output.files.values())
-        lines.append(
-            f"  links    {len(output.files)} files of {size:,} bytes ({format_bytes(size)}); writes metadata alone"
-        )
+        lines.append(f"  links    {_files(output)} of {size:,} bytes ({format_bytes(size)}); writes metadata alone")
         return lines
     read, written = _bytes_to_read(plan, source), output.written
     lines.append(f"  reads    {read:,} bytes ({format_bytes(read)}) of tensors")
-    lines.append(f"  writes   {written:,} bytes ({format_bytes(written)}) in {len(output.files)} files")
+    lines.append(f"  writes   {written:,} bytes ({format_bytes(written)}) in {_files(output)}")
     return lines
+
+
+def _files(output: _Output) -> str:
+    return f"{len(output.files)} file{'' if len(output.files) == 1 else 's'}"
 
 
 def _lines(plan: TransferPlan, output: _Output, source: Source | None) -> list[str]:

@@ -6,7 +6,7 @@ from megatron_inherit.arch.counts import count_parameters
 from megatron_inherit.base.quantities import format_count
 from megatron_inherit.checkpoint.dtypes import TORCH_NAMES
 from megatron_inherit.plan.ops import Init
-from megatron_inherit.plan.plan import TransferPlan, count_kinds, describe_layers
+from megatron_inherit.plan.plan import TransferPlan, describe_layers
 
 _INFERENCE = """```python
 from transformers import AutoModelForCausalLM
@@ -36,19 +36,23 @@ def model_card(plan: TransferPlan, *, command: str = "", note: str = "") -> str:
         f"| parameters | {format_count(count_parameters(config))} ({count_parameters(config):,}) |",
         f"| blocks | {config.num_layers}" + (f" of {origin.config.num_layers} |" if origin else " |"),
         f"| width, heads, key/value heads | {config.hidden_size}, {config.num_heads}, {config.num_kv_heads} |",
-        f"| vocabulary | {config.vocab_size} |",
+        f"| vocabulary | {config.vocab_size:,} |",
         f"| dtype | {', '.join(sorted({TORCH_NAMES[op.dtype] for op in plan.ops}))} |",
     ]
     if origin and plan.layer_map is not None:
         lines.append(f"| teacher's block for each block | {describe_layers(plan.layer_map)} |")
     fresh = sorted({_short(op.target) for op in plan.ops if isinstance(op, Init)})
     lines.append(f"| drawn anew (seed {plan.seed}) | {', '.join(fresh)} |" if fresh else "| drawn anew | nothing |")
-    kinds = ", ".join(f"{count} {kind}" for kind, count in count_kinds(plan.ops).items())
-    lines += [f"| operations | {kinds} |", "", "The weights were not trained after this step.", "", _INFERENCE]
+    lines += ["", "The weights were not trained after this step.", "", _INFERENCE]
     lines += ["Made with:", "", f"    {command}", ""] if command else []
     lines.append("`inherit.json` holds the source of every tensor, `manifest.json` the hash of every tensor.")
-    if origin and origin.licence:
-        lines.append(f"The teacher's licence ({origin.licence}) holds for this model too.")
+    if origin:
+        named = (
+            f"teacher's licence ({origin.licence})"
+            if origin.licence
+            else "licence of the teacher, whose folder names none,"
+        )
+        lines.append(f"The {named} holds for this model too.")
     return "\n".join(lines) + "\n"
 
 

@@ -55,6 +55,7 @@ def plan_inheritance(
     if config.tied and "head" in fresh and "embed" not in fresh:
         raise UsageError("--reset head: the head of this teacher is its embedding.", fix="Reset embed to reset both.")
     ops: list[Op] = []
+    roles = {spec.role for spec in enumerate_tensors(config)}
     for spec in enumerate_tensors(config):
         origin = source_name(spec, layers)
         type_ = dtype or source.find(origin).dtype
@@ -69,7 +70,7 @@ def plan_inheritance(
     used = {name for op in ops for name in op.inputs}
     origin_info = origin_of(source, optimizer=optimizer)
     return TransferPlan(
-        title=_title(origin_info.name, source.config.num_layers, layers, fresh, as_published),
+        title=_title(origin_info.name, source.config.num_layers, layers, fresh & roles, as_published),
         config=config,
         layout=layout,
         ops=tuple(ops),
@@ -149,7 +150,8 @@ def _reason(name: str, layers: Sequence[int]) -> str:
 
 
 def _title(name: str, depth: int, layers: Sequence[int], fresh: set[Role], as_published: bool) -> str:
-    words = [f"{len(layers)} blocks out of the {depth} of {name}: {describe_layers(layers)}"]
+    count = f"{len(layers)} block{'' if len(layers) == 1 else 's'}"
+    words = [f"{count} out of the {depth} of {name}: {describe_layers(layers)}"]
     if as_published:
         words.append("as in the released Inheritune scripts (blocks and head only)")
     if fresh:

@@ -17,6 +17,7 @@ from megatron_inherit.plan.plan import Layout, Origin, TransferPlan
 
 WITH_OPTIMIZER = ("ds_universal", "torch_dist")
 """Formats whose sinks take fp32 weights and moments."""
+_FORMAT_WORDS = {"native": "training checkpoint"}
 
 
 def plan_conversion(
@@ -39,7 +40,7 @@ def plan_conversion(
         ops += optimizer_ops({op.target: op.source for op in ops}, source)
     origin = origin_of(source, optimizer=optimizer)
     return TransferPlan(
-        title=f"the model of {origin.name} ({source.format}) as {layout.format}",
+        title=f"the model of {origin.name} ({_FORMAT_WORDS.get(source.format, source.format)}) as {layout.format}",
         config=source.config,
         layout=layout,
         ops=tuple(ops),

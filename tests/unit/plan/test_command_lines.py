@@ -53,7 +53,15 @@ def test_every_output_tells_how_it_was_made(teacher, tmp_path):
     assert json.loads((tmp_path / "s" / "environment.json").read_text())["packages"]["numpy"] == np.__version__
     card = (tmp_path / "s" / "README.md").read_text()
     assert "license: openrail" in card
-    assert "1 blocks out of the 4 of teacher: 0" in card
+    assert "1 block out of the 4 of teacher: 0" in card
+
+
+def test_a_card_says_what_is_known_of_the_licence(teacher, tmp_path):
+    assert main(["inherit", str(teacher), str(tmp_path / "s"), "--layers", "0"]) == 0
+    assert "The teacher's licence (openrail) holds for this model too." in (tmp_path / "s" / "README.md").read_text()
+    (tmp_path / "s" / "README.md").unlink()
+    assert main(["inherit", str(tmp_path / "s"), str(tmp_path / "t"), "--layers", "0"]) == 0
+    assert "The licence of the teacher, whose folder names none, holds" in (tmp_path / "t" / "README.md").read_text()
 
 
 def test_as_published_says_so(teacher, tmp_path, capsys):
