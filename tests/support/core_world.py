@@ -98,12 +98,13 @@ def _take_up(model, case: dict, metadata: dict) -> None:
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.validation import StrictHandling
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 
     buffers = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=True)
     wrapped = DistributedDataParallel(model.config, buffers, model)
     options = OptimizerConfig(optimizer="adam", lr=1e-4, weight_decay=0.1, use_distributed_optimizer=True)
-    chained = get_megatron_optimizer(options, [wrapped])
+    overrides = get_standard_config_overrides(options)
+    chained = get_megatron_optimizer(options, [wrapped], overrides, use_gloo_process_groups=False)
     sharding = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
     state = {"model": model.sharded_state_dict(metadata=metadata)}
     state["optimizer"] = chained.sharded_state_dict(state["model"], is_loading=True, metadata=metadata | sharding)

@@ -180,6 +180,7 @@ def _group(options: SinkOptions, decay: float) -> dict[str, Any]:
     """Gives a parameter group of Megatron's Adam; its scheduler sets the learning rate and the weight decay anew."""
     beta1, beta2, eps = options.adam
     marks = {"wd_mult": decay, "lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False}
+    marks["default_config"] = True
     settings = {"lr": 0.0, "betas": (beta1, beta2), "eps": eps, "weight_decay": 0.0, "bias_correction": True}
     return {**settings, **marks, "step": options.iteration}
 
