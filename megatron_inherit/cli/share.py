@@ -220,8 +220,7 @@ def _open(path: str | Path) -> Source:
     """Opens a checkpoint, or the newest one of a run."""
     from megatron_inherit.checkpoint.detect import open_source
 
-    latest = Path(path) / "checkpoints" / "latest"
-    return open_source(latest.parent / latest.read_text().strip() if latest.is_file() else path)
+    return open_source(path)
 
 
 def _plan_and_model(text: str, model: str) -> tuple[StagePlan, ModelConfig | None]:

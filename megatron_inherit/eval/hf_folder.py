@@ -25,22 +25,13 @@ def as_hf_folder(path: Path | str) -> Iterator[Path]:
     Args:
         path: A checkpoint of any format, or a run folder, whose newest step is taken.
     """
-    path = newest_step(Path(path))
     with open_source(path) as source:
         if source.format == "hf":
-            yield path
+            yield Path(path)
             return
-    with tempfile.TemporaryDirectory(prefix="minherit-") as folder, open_source(path) as source:
-        execute(plan_conversion(source), Path(folder, "model"), source=source)
-        yield Path(folder, "model")
-
-
-def newest_step(path: Path) -> Path:
-    """Gives the newest checkpoint of a run folder, and any other path as it is."""
-    latest = path / "checkpoints" / "latest"
-    if not latest.exists():
-        return path
-    return latest.resolve() if latest.is_dir() else path / "checkpoints" / latest.read_text().strip()
+        with tempfile.TemporaryDirectory(prefix="minherit-") as folder:
+            execute(plan_conversion(source), Path(folder, "model"), source=source)
+            yield Path(folder, "model")
 
 
 def load_model(folder: Path, *, device: str = "cpu", dtype: str = "fp32", **options: Any) -> Any:
