@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -92,7 +93,7 @@ class TiedStages:
         gradient: Literal["sum", "mean"] = "sum",
     ) -> None:
         self.partition, self.gradient, self._parameters = partition, gradient, parameters
-        self.guard_every_steps = 100
+        self.guard_every_steps, self.hooks_checked = 100, False
         ties = {(tie.component, tie.physical): tie for tie in partition.ties}
         groups = make_tie_groups(partition, pipeline_group) if ties else {}
         rank = dist.get_rank(pipeline_group) if ties else 0
@@ -133,22 +134,33 @@ class TiedStages:
         return sum(2 * (r - 1) * grad.numel() * grad.element_size() // r for r, grad in sizes)
 
     def check(self, step: int) -> None:
-        """Compares the bits of all copies.
+        """Compares the bits of all copies; all ranks of the job call it together, and stop together.
 
         Raises:
-            CheckpointError: They differ; the run must stop, since it trains several models instead of one.
+            CheckpointError: Copies differ somewhere; the run must stop, since it trains several models instead of one.
         """
+        if not self.partition.ties:
+            return
+        everyone = [""] * dist.get_world_size()
+        dist.all_gather_object(everyone, "; ".join(self._differences()))
+        found = next((text for text in everyone if text), "")
+        if found:
+            raise CheckpointError(
+                f"The copies of a shared stage differ at step {step}.",
+                got=found,
+                expected="equal hashes",
+                fix="Go back to the last checkpoint; the ranks no longer train one model.",
+            )
+
+    def _differences(self) -> list[str]:
+        found = []
         for copy in self.copies:
             hashes: list[str] = [""] * len(copy.tie.ranks)
             dist.all_gather_object(hashes, hash_values([copy.parameter]), group=copy.group)
             if len(set(hashes)) > 1:
                 place = f"{copy.key.path} of stage {copy.key.physical} on pipeline ranks {copy.tie.ranks}"
-                raise CheckpointError(
-                    f"The copies of {place} differ at step {step}.",
-                    got=", ".join(hashes),
-                    expected="equal hashes",
-                    fix="Go back to the last checkpoint; the ranks no longer train one model.",
-                )
+                found.append(f"{place}: {', '.join(hashes)}")
+        return found[:3]
 
 
 @torch.no_grad()
@@ -156,6 +168,13 @@ def scale_by_uses(plan: StagePlan, parameters: StageParameters) -> None:
     """Divides each stage's gradient by the number of its uses, so that clipping sees one layer's norm."""
     for key, parameter in parameters.items():
         gradient_of(parameter).div_(len(plan.uses(key.component, key.physical)))
+
+
+def divide_by_uses(plan: StagePlan, parameters: StageParameters) -> None:
+    """Lets autograd divide each stage's gradient by the number of its uses, for engines that reduce as it comes."""
+    for key, parameter in parameters.items():
+        uses = len(plan.uses(key.component, key.physical))
+        parameter.register_hook(partial(torch.div, other=uses))
 
 
 def gradient_of(parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -180,20 +199,22 @@ def hash_values(tensors: Iterable[torch.Tensor]) -> str:
 def check_hook_counts(chunks: Sequence[Any]) -> None:
     """Checks, after the first step, that overlapped reduction waits for each parameter's last gradient.
 
-    Megatron-Core records in the first step how often each parameter's gradient hook fires. Non-reentrant recomputation
-    fires it once however often a layer is applied; any other count means that a reduction may start too early.
+    Megatron-Core counts in the first step how often each parameter's gradient hook fires, and keeps the counts when the
+    second one begins. Non-reentrant recomputation fires it once however often a layer is applied; any other count
+    means that a reduction may start too early.
 
     Args:
-        chunks: Megatron-Core's DistributedDataParallel modules of this rank.
+        chunks: Megatron-Core's DistributedDataParallel modules of this rank, after their first backward pass.
 
     Raises:
-        ConfigError: A hook fired more than once.
+        ConfigError: A hook fired more than once, or never.
     """
     for chunk in chunks:
         names = {id(parameter): name for name, parameter in chunk.named_parameters()}
         for bucket_group in chunk.bucket_groups:
-            for parameter, count in bucket_group.golden_per_param_grad_ready_counts.items():
-                if count != 1:
+            counts = bucket_group.golden_per_param_grad_ready_counts or bucket_group.per_param_grad_ready_counts
+            for parameter in bucket_group.params:
+                if (count := counts.get(parameter, 0)) != 1:
                     raise ConfigError(
                         f"The gradient hook of {names.get(id(parameter), 'a parameter')} fires {count} times a step.",
                         expected="once",

@@ -47,8 +47,13 @@ def soft_tie(chunks: Sequence[LanguageModel], tie: SoftTie) -> Edit:
     """Makes the edit that adds the penalty's gradient.
 
     Raises:
-        ConfigError: A stage lies on several pipeline ranks.
+        ConfigError: A stage lies on several pipeline ranks, or a matrix's distance would be taken of its tensor shards.
     """
+    if tie.kind == "group_lasso" and chunks[0].config.tensor_model_parallel_size > 1:
+        raise ConfigError(
+            "sharing.soft_tie.kind: group_lasso takes distances of whole matrices, and here each rank holds a part.",
+            fix="Set parallel.tp=1, or sharing.soft_tie.kind=l2.",
+        )
     groups = list(_groups(chunks, tie.plan))
 
     def edit(step: int) -> None:

@@ -21,6 +21,7 @@ CASES = {
     "b": Case("4", pp=2, twin="wrong start"),
     "b, distributed optimizer, overlap": Case("4", pp=2, distributed_optimizer=True, overlap=True),
     "b, four ranks": Case("4", pp=4),
+    "b, no broadcast": Case("4", pp=2, twin="no broadcast"),
     "b, no reduce": Case("4", pp=2, twin="no reduce"),
     "b, no mark": Case("4", pp=2, twin="no mark"),
     "b, no bucket": Case("4", pp=2, twin="no bucket", distributed_optimizer=True),
@@ -70,7 +71,7 @@ def test_bf16_copies_stay_equal_and_near_one_rank(outcomes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("twin", ["b, no reduce", "b, no bucket"])
+@pytest.mark.parametrize("twin", ["b, no broadcast", "b, no reduce", "b, no bucket"])
 def test_the_guard_stops_copies_that_drift(outcomes, twin):
     assert outcomes[twin].drift > 1e-3
     assert "differ at step 3" in outcomes[twin].guard

@@ -95,7 +95,7 @@ class World:
         self.chunks = list(build_chunks(model, self.config, self.groups, torch.device("cpu")))
         kept = share_stages(self.chunks, self.plan)
         fill(self.chunks, self.plan)
-        if case.twin == "wrong start" and self.groups.pp.rank():
+        if case.twin in ("wrong start", "no broadcast") and self.groups.pp.rank():
             for parameter in kept.values():
                 parameter.data.add_(0.01)
         self.ties = TiedStages(layout, kept, self.groups.pp)

@@ -30,7 +30,9 @@ from megatron_inherit.model.groups import leave_processes, make_groups, start_pr
 from megatron_inherit.model.language_model import LanguageModel
 from megatron_inherit.model.load import Reader, load_chunk
 from megatron_inherit.model.pieces import pieces_of
+from megatron_inherit.sharing.hooks import OneGradient
 from megatron_inherit.sharing.partition import Partition
+from megatron_inherit.sharing.pipeline import divide_by_uses
 from megatron_inherit.sharing.relax import share_model
 from megatron_inherit.sharing.stage_plan import unshared
 from megatron_inherit.sharing.tensors import restoring
@@ -71,6 +73,7 @@ class DeepSpeedEngine:
         self._fill(read)
         self._sum_over_tensor_ranks()
         self.objective = None if distill is None else self._objective(distill)
+        self.once = OneGradient(self.model) if options.sharing is not None else None
         self.adam = self._adam()
         with cuda_means_cpu(), contextlib.redirect_stdout(io.StringIO()):  # it prints memory figures
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
@@ -97,7 +100,9 @@ class DeepSpeedEngine:
         with context:
             model = next(build_chunks(self.config, core, self.groups, self.device))
         if self.options.sharing is not None:
-            share_model([model], self.options.sharing)
+            shared = share_model([model], self.options.sharing)
+            if self.options.sharing.gradient == "mean":
+                divide_by_uses(self.options.sharing.plan, shared)
         return model
 
     def _objective(self, distill: Distill) -> Distillation:
@@ -172,6 +177,8 @@ class DeepSpeedEngine:
                 loss = self.engine(**inputs)
                 forward += time.perf_counter() - began
                 kept.append(loss.detach())
+                if self.once is not None:
+                    self.once.expect(self.updates)
                 self.engine.backward(loss * scale, scale_wrt_gas=False)
             self.engine.step()
         norm, applied = self._outcome()

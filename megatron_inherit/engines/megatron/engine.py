@@ -201,13 +201,14 @@ class MegatronEngine:
         )
 
     def _guard(self) -> None:
-        """Compares the copies of shared stages now and then, and the count of their gradient hooks once."""
+        """Compares the copies of shared stages now and then, and once the counts of their gradient hooks."""
         if self.ties is None:
             return
         if self.stepper.updates % self.ties.guard_every_steps == 0:
             self.ties.check(self.stepper.updates)
-        if self.stepper.updates == 1 and self.options.overlap_grad_reduce:
+        if self.options.overlap_grad_reduce and not self.ties.hooks_checked:
             check_hook_counts(self.wrapped)
+            self.ties.hooks_checked = True
 
     def _evaluate(self, micro_batches: Sequence[Batch], reduction: str) -> list[torch.Tensor]:
         for chunk in self.chunks:

@@ -101,9 +101,10 @@ def test_a_descendant_of_the_same_layout_gives_the_same_logits(tmp_path, learnge
         assert torch.equal(model(ids), other(ids))
 
 
-def test_a_descendant_is_an_ordinary_model_to_transformers(tmp_path, learngenes):
+@pytest.mark.parametrize(("name", "kind"), [("llama-tiny", "LlamaForCausalLM"), ("gpt2-tiny", "GPT2LMHeadModel")])
+def test_a_descendant_is_an_ordinary_model_to_transformers(tmp_path, learngenes, name, kind):
     transformers = pytest.importorskip("transformers")
-    with open_source(learngenes["llama-tiny"]) as source:
+    with open_source(learngenes[name]) as source:
         execute(plan_descendant(source, place(PLAN, 9, "front")), tmp_path / "child", source=source)
         execute(plan_conversion(source), tmp_path / "whole", source=source)
         model = build_single(source.config)
@@ -111,7 +112,7 @@ def test_a_descendant_is_an_ordinary_model_to_transformers(tmp_path, learngenes)
         load_chunk(model, by_first_layer(source_reader(source, source.config), PLAN))
     ids = tokens()[:, :-1]
     child = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "child", dtype=torch.float32)
-    assert type(child).__name__ == "LlamaForCausalLM"
+    assert type(child).__name__ == kind
     assert child.config.num_hidden_layers == 9
     whole = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole", dtype=torch.float32)
     with torch.no_grad():
