@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 INHERITUNE = ("inheritune_llama2_7b_50B.sh", "inheritune_openllama3b_1B.sh")
 SWS = "sws_llama2_7b.sh"
+GROW = ("grow_gpt2_medium.sh", "grow_gpt2_large.sh")
 DATA = ("data ingest", "data tokenize", "data subset", "data windows")
 
 
@@ -27,6 +28,7 @@ def run_example(name, *options, **environ):
 @pytest.mark.parametrize(
     ("name", "commands"),
     [(name, ("inherit ", "launch slurm", "export", "evaluate")) for name in INHERITUNE]
+    + [(name, (f"grow {name[:-3].replace('_', '-')} ", "export", "evaluate", "report")) for name in GROW]
     + [(SWS, ("share plan", "share init", "launch slurm sws-llama2-7b", "share extract", "share family"))],
 )
 def test_a_dry_run_prints_every_command_and_writes_nothing(name, commands, tmp_path):
@@ -45,7 +47,15 @@ def test_a_missing_teacher_is_said_before_anything_runs(name, tmp_path):
     assert not (tmp_path / "work").exists()
 
 
-@pytest.mark.parametrize("name", [*INHERITUNE, SWS])
+@pytest.mark.parametrize("name", GROW)
+def test_a_growth_without_its_text_is_refused(name, tmp_path):
+    done = run_example(name, RAW=str(tmp_path / "none"), WORK=str(tmp_path / "work"))
+    assert done.returncode == 5
+    assert "set RAW" in done.stderr
+    assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("name", [*INHERITUNE, *GROW, SWS])
 def test_an_option_that_is_none_is_refused(name, tmp_path):
     done = run_example(name, "--smoky", WORK=str(tmp_path / "work"))
     assert done.returncode == 2
@@ -69,4 +79,17 @@ def test_a_smoke_run_ends_with_a_family(tmp_path):
     assert [row["depth"] for row in family["members"]] == [2, 3]
     for depth in (2, 3):
         assert (tmp_path / "work" / "family" / f"depth-{depth:02d}" / "model.safetensors").exists()
+    assert (tmp_path / "work" / "report.html").exists()
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", GROW)
+def test_a_smoke_run_grows_a_student(name, tmp_path):
+    done = run_example(name, "--smoke", SMOKE_WORK=str(tmp_path / "work"))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    growth = json.loads((tmp_path / "work" / "growth" / "grow.json").read_text())
+    assert growth["rounds"][0]["layers"] == 2
+    assert growth["outcome"]["reason"] in ("parity", "all blocks")
+    assert json.loads((tmp_path / "work" / "student" / "config.json").read_text())["n_layer"] in (2, 4)
+    assert json.loads((tmp_path / "work" / "evaluation.json").read_text())["rows"]
     assert (tmp_path / "work" / "report.html").exists()
