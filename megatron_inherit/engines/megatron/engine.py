@@ -286,6 +286,7 @@ class MegatronEngine:
 
     def weight_hash(self) -> str:
         """Hashes this rank's weights; equal on ranks of equal ``topology.model_rank``."""
+        self.stepper.gather_weights()
         return ranks.hash_tensors([parameter for chunk in self.chunks for parameter in chunk.parameters()])
 
     def barrier(self) -> None:

@@ -38,7 +38,7 @@ class Stepper:
         options: EngineOptions,
         groups: ProcessGroupCollection,
     ) -> None:
-        self.options, self.groups, self.updates = options, groups, 0
+        self.options, self.groups, self.wrapped, self.updates = options, groups, wrapped, 0
         self.named = [
             (parameters[name], pieces)
             for chunk in chunks
@@ -59,6 +59,9 @@ class Stepper:
         if isinstance(self.adam, torch.optim.AdamW):
             for group in self.adam.param_groups:
                 group["fused"], group["foreach"] = True, False
+        if options.overlap_param_gather:
+            for chunk, buffers in zip(chunks, wrapped, strict=True):
+                _await_uncalled(chunk, buffers)
         _log.info("The optimizer is %s of %s.", type(self.adam).__name__, type(self.adam).__module__.partition(".")[0])
 
     def step(self, lr: float) -> tuple[float, bool]:
@@ -94,8 +97,15 @@ class Stepper:
             return optimizer._get_main_param_and_optimizer_states(parameter)["param"], bounds.start, bounds.end
         return getattr(parameter, "main_param", parameter), 0, parameter.numel()
 
+    def gather_weights(self) -> None:
+        """Makes the weights whole on every replica, which ``overlap_param_gather`` leaves to the next forward pass."""
+        if self.options.overlap_param_gather:
+            for wrapped in self.wrapped:
+                wrapped.start_param_sync(force_sync=True)
+
     def weight_shards(self) -> Iterator[Shard]:
         """Yields the model's weights; the replicas take turns in writing them."""
+        self.gather_weights()
         turn, size = self.groups.dp_cp.rank(), self.groups.dp_cp.size()
         for index, (parameter, pieces) in enumerate(self.named):
             values = {"weight": parameter.data.view(-1)}
@@ -130,3 +140,16 @@ class Stepper:
                     state["step"] = torch.tensor(float(updates), dtype=torch.float32, device=parameter.device)
                 for kind in MOMENTS:
                     state.setdefault(kind, torch.zeros_like(parameter))
+
+
+def _await_uncalled(chunk: LanguageModel, wrapped: DistributedDataParallel) -> None:
+    """Waits for gathered weights whose module is used without being called, so that its own hook never runs."""
+
+    def wait(module: torch.nn.Module) -> None:
+        for parameter in module.parameters(recurse=False):
+            wrapped.param_to_bucket_group[parameter].finish_param_sync()
+
+    for layer in chunk.decoder.layers:
+        layer.register_forward_pre_hook(lambda layer, _: wait(layer.pre_mlp_layernorm))
+    if chunk.post_process:
+        chunk.decoder.register_forward_hook(lambda *_: wait(chunk.output_layer))
