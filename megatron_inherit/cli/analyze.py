@@ -30,7 +30,7 @@ def attention(
 ) -> None:
     """Rank, mass and sink of every head."""
     from megatron_inherit.eval.attention_rank import measure_attention
-    from megatron_inherit.eval.hf_folder import default_device
+    from megatron_inherit.eval.hf_folder import chosen_device
 
     report = measure_attention(
         checkpoint,
@@ -39,7 +39,7 @@ def attention(
         tokens=tokens,
         tau=tau,
         eta=eta,
-        device=device or default_device(),
+        device=chosen_device(device),
     )
     value = report.to_json()
     typer.echo("block  MaxRank  AvgMass  sink")
@@ -61,11 +61,11 @@ def importance(
     device: Device = "",
 ) -> None:
     """Block influence, angular distance of spans and, if asked, the loss without each block."""
-    from megatron_inherit.eval.hf_folder import default_device
+    from megatron_inherit.eval.hf_folder import chosen_device
     from megatron_inherit.eval.importance import measure_importance
 
     found = measure_importance(
-        checkpoint, text=text, sequences=sequences, tokens=tokens, removal=removal, device=device or default_device()
+        checkpoint, text=text, sequences=sequences, tokens=tokens, removal=removal, device=chosen_device(device)
     )
     typer.echo("block  influence  angle" + ("  loss without" if found.removal_loss else ""))
     for block, influence in enumerate(found.block_influence):

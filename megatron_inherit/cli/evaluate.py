@@ -32,7 +32,7 @@ def evaluate(
     is eval/harness/tasks.yaml. A run folder keeps its results in evaluations/, where 'minherit report' finds them.
     """
     from megatron_inherit.base.atomic import write_json
-    from megatron_inherit.base.errors import UsageError
+    from megatron_inherit.base.errors import DataError, UsageError
     from megatron_inherit.eval import hf_folder
     from megatron_inherit.eval.harness import run
 
@@ -41,12 +41,18 @@ def evaluate(
     names, chosen = run.plan_tasks(
         [name.strip() for name in tasks.split(",") if name.strip()], suite or None, data_dir, skip_missing=skip_missing
     )
-    device = device or hf_folder.default_device()
+    device = hf_folder.chosen_device(device)
     dtype = dtype or ("bf16" if device.startswith("cuda") else "fp32")
     size = batch_size if batch_size == "auto" else int(batch_size)
     with hf_folder.as_hf_folder(checkpoint) as folder:
         model = run.hf_model(folder, device=device, dtype=dtype, batch_size=size)
-        rows = run.evaluate(model, names, chosen=chosen, data_dir=data_dir, limit=limit, shots=shots)
+        try:
+            rows = run.evaluate(model, names, chosen=chosen, data_dir=data_dir, limit=limit, shots=shots)
+        except (ConnectionError, FileNotFoundError) as error:
+            raise DataError(
+                f"lm-eval cannot get at the data of its tasks: {error}.",
+                fix="Give a folder of task files as --data-dir, or fill lm-eval's cache on a machine with a network.",
+            ) from error
     for line in aligned(run.table(rows, chosen)):
         typer.echo(line)
     target = out or _place(checkpoint, suite or "tasks")

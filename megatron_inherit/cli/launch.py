@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from megatron_inherit.base import atomic
+from megatron_inherit.config.load import load_recipe
 from megatron_inherit.launch import commands
 from megatron_inherit.launch.slurm import SlurmJob, render_sbatch, submit
 
@@ -29,6 +30,7 @@ def torchrun(
     rendezvous: Annotated[str | None, typer.Option(help="HOST:PORT of the first node.")] = None,
 ) -> None:
     """Print the torchrun command; with several nodes run it on each."""
+    _check(recipe, overrides)
     words = commands.torchrun_words(
         recipe, overrides or (), gpus_per_node=gpus_per_node, nodes=nodes, rendezvous=rendezvous
     )
@@ -43,6 +45,7 @@ def deepspeed(
     hostfile: Annotated[str | None, typer.Option(help="File of 'host slots=N' lines.")] = None,
 ) -> None:
     """Print the command of DeepSpeed's launcher."""
+    _check(recipe, overrides)
     typer.echo(
         shlex.join(commands.deepspeed_words(recipe, overrides or (), gpus_per_node=gpus_per_node, hostfile=hostfile))
     )
@@ -74,6 +77,7 @@ def slurm(
     """Print, write or submit an sbatch script."""
     if container not in ("none", "pyxis", "apptainer"):
         raise typer.BadParameter("--container is none, pyxis or apptainer.")
+    _check(recipe, overrides)
     job = SlurmJob(
         recipe=recipe,
         output=output,
@@ -102,3 +106,8 @@ def slurm(
     path = script or Path(output, f"{name}.sbatch")
     atomic.write_text(path, text)
     typer.echo(submit(path) if send else str(path))
+
+
+def _check(recipe: str, overrides: list[str] | None) -> None:
+    """Finds a slip in the recipe or its overrides now, and not on the nodes hours later."""
+    load_recipe(recipe, overrides or [])

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_inherit.base.errors import DataError, UsageError
-from megatron_inherit.eval.hf_folder import as_hf_folder, default_device, load_model, load_tokenizer
+from megatron_inherit.eval.hf_folder import as_hf_folder, chosen_device, load_model, load_tokenizer
 
 
 def generate(
@@ -48,9 +48,10 @@ def generate(
     _check(max_new_tokens, temperature, top_p, count)
     import torch
 
+    device = chosen_device(device)
     with as_hf_folder(checkpoint) as folder:
         words = load_tokenizer(tokenizer or folder)
-        model = load_model(folder, device=device or default_device(), dtype=dtype)
+        model = load_model(folder, device=device, dtype=dtype)
     ids = _encode(words, prompt)
     torch.manual_seed(seed)
     options: dict[str, Any] = {"do_sample": temperature > 0}
@@ -79,6 +80,8 @@ def _encode(tokenizer: Any, prompt: str) -> list[int]:
 def _check(max_new_tokens: int, temperature: float, top_p: float, count: int) -> None:
     if max_new_tokens < 1 or count < 1:
         raise UsageError("Tokens and continuations are counted from 1.", got=(max_new_tokens, count))
+    if count > 1 and temperature == 0:
+        raise UsageError("Without sampling all continuations are the same.", fix="Pass --temperature, or one --count.")
     if temperature < 0 or not 0 < top_p <= 1:
         raise UsageError(
             "The sampling options are out of range.",

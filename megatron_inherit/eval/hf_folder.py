@@ -75,6 +75,27 @@ def load_tokenizer(folder: Path) -> Any:
         ) from error
 
 
+def chosen_device(name: str) -> str:
+    """Gives the device of a name, or the default one for an empty name.
+
+    Raises:
+        UsageError: This machine, or its build of torch, has no such device.
+    """
+    import torch
+
+    if not name:
+        return default_device()
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        fix = "Leave --device out, or pass cpu."
+        raise UsageError(f"--device {name} cannot be used: {reason}.", fix=fix) from error
+            f"--device {name} cannot be used: {reason}.", fix="Leave --device out, or pass cpu."
+        ) from error
+    return name
+
+
 def default_device() -> str:
     """Gives ``cuda`` where a device answers, else ``cpu``."""
     import torch
