@@ -91,8 +91,6 @@ def chosen_device(name: str) -> str:
         reason = str(error).splitlines()[0].rstrip(".")
         fix = "Leave --device out, or pass cpu."
         raise UsageError(f"--device {name} cannot be used: {reason}.", fix=fix) from error
-            f"--device {name} cannot be used: {reason}.", fix="Leave --device out, or pass cpu."
-        ) from error
     return name
 
 
