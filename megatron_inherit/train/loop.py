@@ -14,7 +14,7 @@ from megatron_inherit.config.schema import RunConfig
 from megatron_inherit.train import upkeep
 from megatron_inherit.train.preflight import plan_run
 from megatron_inherit.train.progress import Progress
-from megatron_inherit.train.session import Resume, Session, open_session
+from megatron_inherit.train.session import Resume, Session, describe, open_session
 from megatron_inherit.train.state import RunState, next_start
 from megatron_inherit.train.tasks import score_tasks_if_due
 from megatron_inherit.train.untie import untie_if_due
@@ -50,6 +50,8 @@ def train(run: Session) -> RunState:
         DiskError: A checkpoint could not be written.
     """
     state = upkeep.begin(run)
+    if run.is_first:
+        describe(run)
     untie_if_due(run, state)
     first, clock = state.step, Clock(state.seconds)
     with run.profiler, _progress(run, state) as progress:

@@ -144,8 +144,6 @@ def open_session(plan: RunPlan, *, resume: Resume = "auto", profile: bool = Fals
             resume=resume,
             skipped=_read_skipped(plan.output),
         )
-        if rank == 0:
-            _describe(session)
         stack.callback(session.saver.close)
         stack.callback(session.metrics.close)
         with _lost_ranks_named(session):
@@ -172,9 +170,7 @@ def _prepare_folder(plan: RunPlan, resume: Resume) -> None:
     require_checkpoint_space(plan.output, plan.checkpoint_bytes)
     checkpoints.mkdir(exist_ok=True)
     remove_leftovers(checkpoints)
-    text = to_yaml(plan.config)
-    _tell_changes(plan.output / RECIPE, text)
-    write_text(plan.output / RECIPE, text)
+    _tell_changes(plan.output / RECIPE, to_yaml(plan.config))
 
 
 def _tell_changes(path: Path, text: str) -> None:
@@ -317,8 +313,10 @@ def tell_dropout(hf_config: Mapping[str, Any] | None) -> None:
         logger.info("Training has no dropout: %s of the model's config.json is not applied.", keys)
 
 
-def _describe(session: Session) -> None:
+def describe(session: Session) -> None:
+    """Writes what the run is, once it is sure that the checkpoints in its folder are its own; rank 0 does it."""
     plan = session.plan
+    write_text(plan.output / RECIPE, to_yaml(plan.config))
     tell_dropout(None if plan.source is None else plan.source.hf_config)
     write_json(
         plan.output / "environment.json",
