@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -48,7 +49,7 @@ def losses_since_split(run: Session) -> list[float]:
             if row["kind"] == "untie" and row["plan"] == str(sharing.plan):
                 losses = []
             elif row["kind"] == "eval":
-                losses.append(row["loss"])
+                losses.append(math.inf if row["loss"] is None else row["loss"])
     return json.loads(run.engine.gather_text(json.dumps(losses))[0])
 
 
