@@ -51,5 +51,6 @@ Done in $((SECONDS / 60)) min $((SECONDS % 60)) s, set-up not counted.
 The page:      $out/report.html (and report.png beside it)
 The student:   $out/student-hf, an ordinary folder for AutoModelForCausalLM.from_pretrained
 On a cluster:  minherit inherit YOUR_TEACHER student --layers first:8
-               minherit launch slurm inheritune-llama2-7b-50b model.path=student data.path=YOUR_DATA --nodes 4 --output runs/student
+               minherit launch slurm inheritune-llama2-7b-50b model.path=student data.path=YOUR_DATA \\
+                   eval.windows=YOUR_WINDOWS --nodes 4 --output runs/student
 TEXT
