@@ -75,7 +75,7 @@ def evaluations(path: Path) -> list[dict[str, Any]]:
     return [row for row in map(json.loads, path.read_text().splitlines()) if row["kind"] == "eval"]
 
 
-def collect(work: Path, rows_name: str) -> None:
+def collect(work: Path, rows_name: str, seconds: int) -> None:
     """Writes the rows, the figures and the files that ``minherit report --analysis`` takes; prints the tables."""
     found: dict[Key, dict[str, float]] = {}
     for key, seed, loss in measured(work):
@@ -87,6 +87,8 @@ def collect(work: Path, rows_name: str) -> None:
         for key, losses in found.items()
         for seed, loss in sorted(losses.items())
     ]
+    if seconds:
+        rows.append({"what": "study", "seconds": seconds, **common})
     (work / "rows.json").write_text(json.dumps(rows, indent=1) + "\n")
     if rows_name:
         print(append_rows(rows_name, rows))
@@ -121,27 +123,31 @@ def depth_figure(found: Mapping[Key, Mapping[str, float]]) -> dict[str, Any]:
 
 
 def tuning_figure(work: Path, found: Mapping[Key, Mapping[str, float]], depth: int) -> dict[str, Any]:
-    """Gives the losses of one depth against the tokens seen."""
+    """Gives the losses of one depth against the tokens seen; scratch, much longer, as the line where it ends."""
     tokens = {row["step"]: row["tokens"] for path in work.glob("runs/L*/metrics.jsonl") for row in evaluations(path)}
-    curves = []
-    for arm, label in ARMS.items():
-        rows = sorted(
-            (key[4], summary(losses)) for key, losses in found.items() if key[:3] == ("fine-tuning", arm, depth)
+    rows = {
+        arm: sorted(
+            (key[4], *summary(losses)) for key, losses in found.items() if key[:3] == ("fine-tuning", arm, depth)
         )
-        curves.append(
-            {
-                "label": label,
-                "x": [tokens[step] for step, _ in rows],
-                "y": [mean for _, (mean, _) in rows],
-                "error": [half for _, (_, half) in rows],
-            }
-        )
+        for arm in ARMS
+    }
+    last, end, _ = rows.pop("scratch")[-1]
+    curves = [
+        {
+            "label": ARMS[arm],
+            "x": [tokens[step] for step, _, _ in values],
+            "y": [mean for _, mean, _ in values],
+            "error": [half for _, _, half in values],
+        }
+        for arm, values in rows.items()
+    ]
     return {
         "kind": "curves",
         "name": f"tuning-{depth:02d}",
         "title": f"Training {depth} layers",
-        "note": "Mean of the seeds, bands: half of their distance. Scratch trains five times as long, at its own rate.",
+        "note": "Mean of the seeds, bands: half of their distance.",
         "curves": curves,
+        "reference": [f"scratch, {last} steps", end],
     }
 
 
@@ -204,11 +210,12 @@ def main(words: Sequence[str] | None = None) -> None:
     two = commands.add_parser("collect")
     two.add_argument("work", type=Path)
     two.add_argument("--rows", default="", help="append to results/NAME.csv too")
+    two.add_argument("--seconds", type=int, default=0, help="what the study took until here")
     options = parser.parse_args(words)
     if options.command == "orders":
         orders(options.learngene, options.windows, options.out)
     else:
-        collect(options.work, options.rows)
+        collect(options.work, options.rows, options.seconds)
 
 
 if __name__ == "__main__":

@@ -77,12 +77,12 @@ done
 [ "$failed" = 0 ] || exit "$failed"
 
 step "What came of it"
-run python benchmarks/sws_cpu.py collect "$out" --rows "${SWS_ROWS:-}"
+run python benchmarks/sws_cpu.py collect "$out" --rows "${SWS_ROWS:-}" --seconds "$((SECONDS - began))"
 runs=()
 for depth in 06 10; do
   for arm in sws no-stages no-guidance scratch; do runs+=("$out/runs/L$depth-$arm-seed${seeds[0]}"); done
 done
-run minherit report "${runs[@]}" --out "$out/report.html" --title "SWS on a CPU" \
+run minherit report "${runs[@]}" --out "$out/report.html" --title "SWS on a CPU (curves and table of seed ${seeds[0]})" \
   --analysis "$out/depths.json" --analysis "$out/tuning-06.json" --analysis "$out/tuning-10.json"
 cat <<TEXT
 

@@ -116,26 +116,22 @@ def _points(analysis: Mapping[str, Any]) -> list[Drawing]:
     groups = {label: [(x, y, error) for x, y, error in rows] for label, rows in analysis["groups"].items()}
 
     def draw(wide: bool = True) -> Any:
-        reference = analysis.get("reference")
-        return plots.points(
-            groups,
-            xlabel=analysis["xlabel"],
-            ylabel=analysis["ylabel"],
-            reference=None if reference is None else (reference[0], reference[1]),
-            wide=wide,
-        )
+        axes = {"xlabel": analysis["xlabel"], "ylabel": analysis["ylabel"]}
+        return plots.points(groups, **axes, reference=_reference(analysis), wide=wide)
 
     return [Drawing(analysis["name"], analysis["title"], analysis["note"], draw)]
 
 
 def _curves(analysis: Mapping[str, Any]) -> list[Drawing]:
-    """A study's losses against tokens seen: ``curves`` with label, x, y and error."""
+    """A study's losses against tokens seen: ``curves`` with label, x, y and error, ``reference`` [label, y]."""
     curves = [plots.Curve(one["label"], one["x"], one["y"], one["error"]) for one in analysis["curves"]]
-    return [
-        Drawing(
-            analysis["name"],
-            analysis["title"],
-            analysis["note"],
-            lambda wide=True: plots.loss_curves(curves, wide=wide),
-        )
-    ]
+
+    def draw(wide: bool = True) -> Any:
+        return plots.loss_curves(curves, reference=_reference(analysis), wide=wide)
+
+    return [Drawing(analysis["name"], analysis["title"], analysis["note"], draw)]
+
+
+def _reference(analysis: Mapping[str, Any]) -> tuple[str, float] | None:
+    found = analysis.get("reference")
+    return None if found is None else (found[0], found[1])

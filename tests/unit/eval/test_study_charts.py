@@ -17,6 +17,7 @@ POINTS = COMMON | {
 }
 CURVES = COMMON | {
     "kind": "curves",
+    "reference": ["scratch at its end", 1.9],
     "curves": [
         {"label": "one arm", "x": [0, 768, 1536], "y": [1.9, 1.8, 1.7], "error": [0.1, 0.0, 0.0]},
         {"label": "another", "x": [0, 768, 1536], "y": [2.9, 2.8, 2.7], "error": [0.1, 0.0, 0.0]},
@@ -24,7 +25,7 @@ CURVES = COMMON | {
 }
 
 
-@pytest.mark.parametrize(("figure", "words"), [(POINTS, ("layers", "the teacher")), (CURVES, ("tokens seen",))])
+@pytest.mark.parametrize(("figure", "words"), [(POINTS, ("layers", "the teacher")), (CURVES, ("tokens seen", "scratch at its end"))])
 @pytest.mark.parametrize("wide", [True, False])
 def test_every_group_is_drawn_and_named(figure, words, wide):
     (drawing,) = drawings_of(figure)
