@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -67,22 +66,15 @@ class Rows:
 
 def run(args: argparse.Namespace, work: Path) -> None:
     rows = Rows(args.corpus)
-    began = time.perf_counter()
     text = ingest(args.sources, work / "text", IngestOptions(layout=args.layout), workers=args.workers)
-    read_s = time.perf_counter() - began
     how = TokenizeOptions(tokenizer=args.tokenizer, prepend_bos=args.prepend_bos, backend=args.backend)
-    began = time.perf_counter()
     tokenize(work / "text", work / "tokens", how, workers=args.workers)
-    tokenize_s = time.perf_counter() - began
     summary = inspect_data(work / "tokens")
     size, total = sum(shard.text_bytes for shard in text.shards), sum(one.tokens or 0 for one in summary.domains)
     for one in summary.domains:
         rows.add("corpus", one.name, one.documents, one.tokens or 0, one.share or 0.0, f"{one.text_bytes} bytes")
     note = f"{size} bytes; rejected {dict(text.rejects)}; {summary.duplicates} exact duplicates; "
-    note += (
-        f"{summary.bytes_per_token:.3f} bytes a token; {args.workers} workers: {size / read_s / 1e6:.1f} MB/s read, "
-    )
-    note += f"{size / tokenize_s / 1e6:.1f} MB/s tokenized ({args.backend})"
+    note += f"{summary.bytes_per_token:.3f} bytes a token; --backend {args.backend}"
     rows.add("corpus", "all", sum(one.documents for one in summary.domains), total, 1.0, note)
     large, small = args.tokens, args.tokens // 2
     for tokens in (large, small):

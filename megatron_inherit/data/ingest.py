@@ -29,7 +29,7 @@ REJECTS = "rejects.jsonl"
 _SAMPLES = 100
 _FIRST_CHECK = 1000
 _REPORT_EVERY = 1 << 22
-_SHARDS, _SMALLEST, _LARGEST = 256, 1 << 19, 1 << 26
+_SHARDS, _SMALLEST, _LARGEST = 256, 1 << 20, 1 << 26
 _log = get_logger(__name__)
 
 
@@ -42,7 +42,7 @@ class IngestOptions(ManifestModel):
         max_bytes: Longest document, UTF-8.
         lines: Each line of a plain text is a document, not each file.
         max_reject_share: Bad records beyond this share of all stop the job.
-        shard_bytes: Text of a shard, about; 0: a 256th of the sources, but from 512 KiB to 64 MiB, for shards are
+        shard_bytes: Text of a shard, about; 0: a 256th of the sources, but from 1 to 64 MiB, for shards are
             what processes share out.
         compression: Of the shards.
     """

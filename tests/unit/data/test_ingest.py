@@ -282,11 +282,11 @@ def test_shards_are_cut_and_compressed(tmp_path: Path) -> None:
 
 
 def test_shards_follow_the_size_of_the_sources_and_not_the_workers(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "a.jsonl", make_texts(12_000))
+    write_jsonl(tmp_path / "a.jsonl", make_texts(12_000, longest=200))
     size = (tmp_path / "a.jsonl").stat().st_size
     manifest = ingest([str(tmp_path / "a.jsonl")], tmp_path / "out")
-    assert manifest.options.shard_bytes == 2**19
-    assert size // 2**19 - 1 <= len(manifest.shards) <= size // 2**19 + 1 > 2, "a small corpus is shared out too"
+    assert manifest.options.shard_bytes == 2**20
+    assert size // 2**20 - 1 <= len(manifest.shards) <= size // 2**20 + 1 > 2, "a small corpus is shared out too"
     small, large, unknown = (
         SourceFile(path="x", format="jsonl", size=size, mtime_ns=time, domain="text")
         for size, time in ((2**30, 1), (2**50, 1), (0, None))
