@@ -4,13 +4,17 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
+from megatron_inherit.arch.counts import flops_per_token
 from megatron_inherit.checkpoint.detect import open_source
 from megatron_inherit.cli.main import main
 from megatron_inherit.data.windows import EvalWindows
 from megatron_inherit.inherit.inheritune import plan_fresh
 from megatron_inherit.plan.execute import execute
 from megatron_inherit.sharing.learngene import plan_of
+from megatron_inherit.sharing.stage_plan import parse_plan
+from megatron_inherit.sharing.tensors import count_shared
 from tests.support.sharing_world import tiny
 from tests.support.text_data import random_documents, write_tokens
 
@@ -101,6 +105,14 @@ def test_a_crash_between_saving_and_splitting_changes_nothing(work, trained, mon
     ]
 
 
+def test_parameters_are_counted_once_and_operations_by_depth(work, trained):
+    config, plan = tiny(8), parse_plan("4,4")
+    environment = json.loads((trained / "environment.json").read_text())
+    assert environment["parameters"] == count_shared(config, plan).unique
+    assert environment["num_layers"] == 8
+    assert rows(work, "plain", "run")[0]["flops_per_token"] == flops_per_token(config, 16, "palm")
+
+
 def test_another_plan_does_not_go_on(work, trained, capsys):
     assert main(["train", recipe(work, "plain"), "sharing.plan=8", "train.steps=8"]) == 5
     assert "another stage plan" in capsys.readouterr().err
@@ -146,6 +158,20 @@ def test_cached_targets_teach_as_the_teacher_does(work, trained, capsys):
         assert f"belong to another {word}" in capsys.readouterr().err
     assert main(["train", recipe(work, "other"), f"distill.cache={work / 'cache'}", "train.steps=9"]) == 4
     assert "end at sample" in capsys.readouterr().err
+
+
+def test_drawn_targets_teach_as_the_teacher_does_on_average(work, trained):
+    """128 draws a token have the whole distribution's gradient, but for noise; they do not depend on the shards."""
+    drawn = recipe(work, "drawn")
+    for folder, shard in (("drawn-cache", "7"), ("drawn-again", "24")):
+        words = ["share", "cache", drawn, str(work / folder), "--method", "draw", "--entries", "128"]
+        assert main([*words, "--shard-samples", shard]) == 0
+    ids = [load_file(work / name / "targets-000000.safetensors")["ids"][:7] for name in ("drawn-cache", "drawn-again")]
+    assert np.array_equal(*ids)
+    assert main(["train", drawn, f"distill.cache={work / 'drawn-cache'}"]) == 0
+    assert losses(work, "drawn")[0][2] == pytest.approx(losses(work, "plain")[0][2], rel=0.03)
+    assert losses(work, "drawn")[0][1] > losses(work, "plain")[0][1]
+    assert len(losses(work, "drawn")) == 6
 
 
 def descendant(work, name, gene, *options):
