@@ -16,6 +16,7 @@ import jinja2
 
 from megatron_inherit import __version__
 from megatron_inherit.base.atomic import write_bytes, write_text
+from megatron_inherit.base.errors import DataError, UsageError
 from megatron_inherit.base.quantities import format_bytes, format_count, format_seconds
 from megatron_inherit.eval import plots
 from megatron_inherit.eval.analysis_charts import Drawing, drawings_of
@@ -73,17 +74,33 @@ def write_report(
         The HTML and the PNG file.
 
     Raises:
-        UsageError: A path is neither run nor study.
+        UsageError: A path is neither run nor study, or ``out`` is a picture.
+        DataError: A JSON file is missing, or of another kind.
         MissingExtraError: matplotlib is not installed.
     """
     runs = find_runs(paths)
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = Path(out) / "report.html" if Path(out).is_dir() else Path(out)
     picture = out.with_suffix(".png")
-    analysed, evaluated = ([read_json(path) for path in files] for files in (analyses, evaluations))
+    if picture == out:
+        raise UsageError(
+            f"{out} is the place of the picture.", fix=f"Name the page, such as {out.with_suffix('.html')}."
+        )
+    analysed = [_given(path, "analyze", drawings_of) for path in analyses]
+    evaluated = [_given(path, "evaluate", lambda value: "checkpoint" in value) for path in evaluations]
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, render(runs, title=title, price=price, analyses=analysed, evaluations=evaluated))
     write_bytes(picture, picture_of(runs))
     return out, picture
+
+
+def _given(path: Path, command: str, is_of: Callable[[Mapping[str, Any]], object]) -> Mapping[str, Any]:
+    """Reads a JSON file that the user named."""
+    if not path.is_file():
+        raise DataError(f"{path} does not exist.", fix=f"Give a JSON file of 'minherit {command}'.")
+    value = read_json(path)
+    if not is_of(value):
+        raise DataError(f"{path} is no JSON file of 'minherit {command}'.")
+    return value
 
 
 def render(

@@ -61,6 +61,23 @@ def test_what_no_run_has_is_no_column(study, tmp_path):
     assert "<th>MFU</th>" in out.read_text()
 
 
+@pytest.mark.parametrize("option", ["--analysis", "--evaluation"])
+def test_a_named_file_is_never_left_out(study, tmp_path, capsys, option):
+    other = tmp_path / "other.json"
+    other.write_text('{"kind": "manifest"}')
+    for name, said in (("nope.json", "does not exist"), ("other.json", "is no JSON file of 'minherit")):
+        assert main(["report", str(study), option, str(tmp_path / name)]) == 4
+        assert said in capsys.readouterr().err
+    assert not list(study.glob("*.html"))
+
+
+def test_the_page_goes_into_a_folder_and_never_over_its_picture(study, tmp_path, capsys):
+    assert main(["report", str(study), "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "report.html").is_file()
+    assert main(["report", str(study), "--out", str(tmp_path / "page.png")]) == 2
+    assert "page.html" in capsys.readouterr().err
+
+
 def test_a_sweep_of_depths_is_drawn(tmp_path):
     for layers, loss in ((2, 3.0), (4, 2.7), (6, 2.6)):
         write_run(tmp_path / "study" / f"n-{layers}", layers=layers, final=loss)
