@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import warnings
 from typing import Annotated
@@ -35,7 +36,7 @@ def train(
     before = os.environ.get("RANK")
     adopt_launcher(os.environ)
     if os.environ.get("RANK") != before:
-        log.set_up(verbose=os.environ.get("MINHERIT_DEBUG") == "1")
+        log.set_up(verbose=log.get_logger(__name__).isEnabledFor(logging.DEBUG))
     from megatron_inherit.config.load import load_recipe, to_yaml
     from megatron_inherit.train.preflight import plan_run
 

@@ -1,6 +1,7 @@
 """How the command line ends: codes and messages for pipes, signals, full disks, slips of the hand."""
 
 import errno
+import logging
 import os
 import signal
 import subprocess
@@ -72,3 +73,13 @@ def test_a_missing_file_that_nobody_foresaw_stays_a_bug(monkeypatch, teacher, tm
     _failing_with(monkeypatch, FileNotFoundError(errno.ENOENT, "No such file", "/data/x"))
     assert main(["inherit", str(teacher), str(tmp_path / "s"), "--layers", "0"]) == 1
     assert "bug" in capsys.readouterr().err
+
+
+def test_a_task_of_srun_shows_debug_messages_when_asked_to(monkeypatch):
+    for name, value in {"PROCID": "0", "NTASKS": "1", "LOCALID": "0", "STEP_ID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")  # put back at the end, whatever the command sets
+        monkeypatch.delenv(name)
+    assert main(["train", "no-such-recipe", "--debug"]) == 3
+    assert logging.getLogger("megatron_inherit").level == logging.DEBUG
