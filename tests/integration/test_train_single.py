@@ -210,13 +210,18 @@ def test_a_second_job_is_refused_and_a_dead_one_is_not(tmp_path, corpus, referen
 
 def test_what_cannot_work_is_refused_before_the_first_step(tmp_path, corpus):
     data = shutil.copytree(corpus, tmp_path / "data")
-    (data / "cut.bin").write_bytes((data / "corpus.bin").read_bytes()[:-100])
-    shutil.copy(data / "corpus.idx", data / "cut.idx")
+    tokens, index = ((data / f"corpus.{suffix}").read_bytes() for suffix in ("bin", "idx"))
+    for name, cut in (("cut", (tokens[:-100], index)), ("short-index", (tokens, index[: len(index) // 2]))):
+        (data / f"{name}.bin").write_bytes(cut[0])
+        (data / f"{name}.idx").write_bytes(cut[1])
     huge = {"model": {"preset": "llama-2-70b", "init": "random", "shape": {"vocab_size": 10**9}}}
     cases = [
         (("--resume", "never", "run.output=/sys/minherit"), {}, 7, "cannot be written"),
         ((), huge, 7, "free"),
-        ((f"data.path={data / 'cut'}",), {}, 4, "cut"),
+        ((f"data.path={data / 'cut'}",), {}, 4, "cut.bin"),
+        ((f"data.path={data / 'short-index'}",), {}, 4, "short-index.idx"),
+        (("train.global_batch=9", "train.micro_batch=2"), {}, 3, "train.global_batch"),
+        (("engine=deepspeed", "deepspeed.zero_stage=2", "parallel.pp=2"), {}, 3, "exclude each other"),
         (("model.shape.vocab_size=300",), {}, 4, "vocab"),
         (("data.epochs=1", "train.steps=9000"), {}, 4, "too few tokens"),
         (("eval.windows=nothing",), {}, 4, "evaluation windows"),
