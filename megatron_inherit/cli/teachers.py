@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from megatron_inherit.arch.model_config import ModelConfig
 from megatron_inherit.arch.presets import PRESETS
 from megatron_inherit.base.errors import CheckpointError, UsageError
 from megatron_inherit.checkpoint.detect import open_source
+from megatron_inherit.checkpoint.files import is_remote
 from megatron_inherit.checkpoint.formats.hf_config import read_config
 from megatron_inherit.checkpoint.stream import Source
 from megatron_inherit.inherit.select import EXAMPLES, parse_layers
@@ -23,6 +25,8 @@ def open_teacher(teacher: str, *, everything_fresh: bool) -> tuple[Source | None
     """
     shape = _shape(teacher)
     if shape is None:
+        if not is_remote(teacher) and not Path(teacher).exists():
+            raise CheckpointError(f"{teacher} does not exist.", fix=_meant(teacher))
         source = open_source(teacher)
         return source, source.config
     if not everything_fresh:
@@ -55,3 +59,12 @@ def _shape(teacher: str) -> ModelConfig | None:
         return read_config(json.loads(path.read_text()), where=teacher)
     except ValueError as error:
         raise CheckpointError(f"{teacher} is not valid JSON.", got=error) from error
+
+
+def _meant(teacher: str) -> str:
+    """Guesses what a path that is not there was to be."""
+    if near := difflib.get_close_matches(teacher, PRESETS, n=1):
+        return f"The nearest preset, for --reset all, is {near[0]}."
+    if len(parts := teacher.split("/")) == 2 and all(parts):
+        return f"Check the path; a model of the Hugging Face hub is written hf://{teacher}."
+    return "Check the path of the checkpoint."

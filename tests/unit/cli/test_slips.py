@@ -28,3 +28,13 @@ def test_a_device_that_is_not_there_is_a_slip(tmp_path, capsys):
 def test_several_continuations_want_sampling(tmp_path, capsys):
     assert main(["generate", str(tmp_path), "x", "--count", "2"]) == 2
     assert "--temperature" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("teacher", "said"),
+    [("llama-tinny", "preset"), ("meta-llama/Llama-2-7b-hf", "hf://meta-llama/Llama-2-7b-hf"), ("/no/such", "path")],
+)
+def test_a_teacher_that_is_not_there_is_guessed(tmp_path, monkeypatch, capsys, teacher, said):
+    monkeypatch.chdir(tmp_path)
+    assert main(["inherit", teacher, "student", "--layers", "first:2"]) == 5
+    assert said in capsys.readouterr().err
