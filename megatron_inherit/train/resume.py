@@ -93,10 +93,15 @@ def refuse_existing(folder: Path) -> None:
         )
 
 
-def find_checkpoint(folder: Path, engine: Engine) -> Path | None:
+def find_checkpoint(folder: Path, engine: Engine, *, sound: bool = False) -> Path | None:
     """Finds the newest checkpoint whose every file is what its manifest says; all ranks call this together.
 
     What is in the folder counts, not what ``latest`` says. Every rank reads a share of the files.
+
+    Args:
+        folder: ``checkpoints`` of the run.
+        engine: For what the ranks tell each other.
+        sound: Passes over checkpoints that an end forced between bad steps, as long as there is an older one.
 
     Returns:
         The checkpoint, or None if there is none at all.
@@ -107,6 +112,8 @@ def find_checkpoint(folder: Path, engine: Engine) -> Path | None:
     topology = engine.topology
     steps = json.loads(engine.gather_text(json.dumps(list_steps(folder)))[0])
     reasons: list[str] = []
+    if sound:
+        steps.sort(key=lambda step: (not _within_bad_steps(step_folder(folder, step)), step))
     for step in reversed(steps):
         path = step_folder(folder, step)
         problem = _problem(path, topology.rank, topology.world_size)
@@ -177,6 +184,14 @@ def _problem(path: Path, rank: int, world_size: int) -> str:
     except OSError as error:
         return f"{path} cannot be read: {error.strerror}."
     return ""
+
+
+def _within_bad_steps(path: Path) -> bool:
+    """Tells whether a checkpoint was saved after a bad step; a damaged one is judged by its hashes."""
+    try:
+        return native.read_json(path / native.STATE)["run"]["bad_steps"] > 0
+    except (CheckpointError, KeyError, TypeError):
+        return False
 
 
 def _compare_pointer(folder: Path, chosen: Path) -> None:

@@ -14,7 +14,7 @@ from megatron_inherit.data.drawn import report_drawn
 from megatron_inherit.eval.runs import WINDOW_LOSSES
 from megatron_inherit.eval.val_loss import summarize
 from megatron_inherit.train import metrics, resume
-from megatron_inherit.train.checkpointing import SaveReport
+from megatron_inherit.train.checkpointing import SaveReport, list_steps, retire, step_folder
 from megatron_inherit.train.pace import unequal_ranks
 from megatron_inherit.train.session import Session, write_skipped
 from megatron_inherit.train.state import RunState
@@ -64,7 +64,7 @@ def compare_ranks(run: Session, state: RunState) -> None:
 
 
 def evaluate_now(run: Session, state: RunState) -> None:
-    """Scores the fixed windows and writes the row."""
+    """Scores the fixed windows and writes the row; at the end also each window's loss, to compare runs in pairs."""
     if run.windows is None:
         return
     size = run.plan.config.eval.micro_batch or 8 * run.plan.options.micro_batch
@@ -163,7 +163,7 @@ def roll_back(run: Session, state: RunState) -> RunState:
     run.watchdog.progress(state.step, "roll_back")
     keep(run, state.step, run.saver.finish)
     given_up = (state.bad_since, state.samples)
-    found = resume.find_checkpoint(run.checkpoints, run.engine)
+    found = resume.find_checkpoint(run.checkpoints, run.engine, sound=True)
     if found is None or len(run.skipped) >= run.plan.config.guard.max_rollbacks:
         raise DivergedError(
             f"The loss did not recover: {state.bad_steps} bad steps up to step {state.step}, "
@@ -175,6 +175,9 @@ def roll_back(run: Session, state: RunState) -> RunState:
     restored = resume.restore(found, run.engine, run.identity)
     if run.is_first:
         write_skipped(run.plan.output, run.skipped)
+        for step in list_steps(run.checkpoints):
+            if step > restored.step:
+                retire(step_folder(run.checkpoints, step))
         metrics.trim(run.plan.output, restored.step)
         logger.warning(
             "Rolled back from step %d to %d; samples %d to %d are given up.", state.step, restored.step, *given_up
