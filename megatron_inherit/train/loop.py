@@ -54,7 +54,8 @@ def train(run: Session) -> RunState:
         describe(run)
     untie_if_due(run, state)
     first, clock = state.step, Clock(state.seconds)
-    with run.profiler, _progress(run, state) as progress:
+    left = run.plan.total_steps - state.step
+    with run.profile(left) as profiler, _progress(run, state) as progress:
         while state.step < run.plan.total_steps:
             clock.start()
             samples = next_samples(run, state)
@@ -67,7 +68,7 @@ def train(run: Session) -> RunState:
             if verdict == "rollback":
                 state = upkeep.roll_back(run, state)
                 continue
-            run.profiler.step()
+            profiler.step()
             run.pace.add(own=clock.own, forward=result.forward_seconds, whole=clock.whole)
             upkeep.compare_ranks(run, state)
             if upkeep.is_due(state.step, run.plan.config.eval.every_steps, run.plan.total_steps):

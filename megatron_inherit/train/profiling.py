@@ -18,7 +18,7 @@ class Profiler:
         session_steps: Steps there are; a short session waits less.
     """
 
-    def __init__(self, folder: Path | None, *, rank: int, steps: int, session_steps: int) -> None:
+    def __init__(self, folder: Path | None, rank: int, steps: int, session_steps: int) -> None:
         self._profile: Any = None
         if folder is None:
             return

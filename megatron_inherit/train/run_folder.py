@@ -10,6 +10,7 @@ import os
 import platform
 import socket
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ logger = get_logger(__name__)
 LOCK, STATUS = "run.lock", "exit_status.json"
 FOREIGN_LOCK_SECONDS = 300.0
 """Without a sign of life for so long another machine's lock is taken over."""
+TOUCH_SECONDS = 30.0
 _PACKAGES = ("torch", "megatron-core", "deepspeed", "transformers", "triton", "numpy", "safetensors", "pydantic")
 
 
@@ -47,16 +49,20 @@ def make_writable(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[RunLock]:
-    """Holds a run's folder against a second job; only rank 0 asks.
+    """Holds a run's folder against a second job, and shows it from a thread; only rank 0 asks.
 
     Raises:
         UsageError: Another job that seems to live holds it.
     """
-    lock = RunLock(folder)
+    lock, done = RunLock(folder), threading.Event()
     lock.acquire()
+    beat = threading.Thread(target=_show_life, args=(lock, done), name="run lock", daemon=True)
+    beat.start()
     try:
         yield lock
     finally:
+        done.set()
+        beat.join()
         lock.release()
 
 
@@ -132,6 +138,11 @@ class RunLock:
         now = probe.stat().st_mtime
         probe.unlink()
         return now - self.path.stat().st_mtime < FOREIGN_LOCK_SECONDS
+
+
+def _show_life(lock: RunLock, done: threading.Event) -> None:
+    while not done.wait(TOUCH_SECONDS):
+        lock.touch()
 
 
 def process_start(pid: int) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -59,7 +60,8 @@ class Session:
         loader: Samples by index.
         windows: Evaluation windows, or None.
         identity: What a checkpoint must share with this run.
-        saver, metrics, meter, watchdog, stop, pace, spikes, profiler: The loop's helpers.
+        saver, metrics, meter, watchdog, stop, pace, spikes: The loop's helpers.
+        profile: Makes the profiler of a session of so many steps.
         tasks: What is scored on the way, or None.
         resume: Whether checkpoints that are there are continued.
         skipped: Ranges of samples that rollbacks gave up, kept in a file of the run's folder.
@@ -77,7 +79,7 @@ class Session:
     stop: StopRequest
     pace: Pace
     spikes: SpikePolicy
-    profiler: Profiler
+    profile: Callable[[int], Profiler]
     tasks: TaskScorer | None = None
     resume: Resume = "auto"
     skipped: list[tuple[int, int]] = field(default_factory=list)
@@ -108,7 +110,8 @@ def open_session(plan: RunPlan, *, resume: Resume = "auto", profile: bool = Fals
     rank = int(os.environ.get("RANK", "0"))
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
-        beat = _hold_folder(stack, plan) if rank == 0 else None
+        if rank == 0:
+            _hold_folder(stack, plan)
         _ = stack.enter_context(_exit_status(plan.output))
         if rank == 0:
             _prepare_folder(plan, resume)
@@ -118,7 +121,6 @@ def open_session(plan: RunPlan, *, resume: Resume = "auto", profile: bool = Fals
             rank=rank,
             world_size=plan.world_size,
             timeout=guard.watchdog_seconds,
-            beat=beat,
             on_silence=lambda sentence: _end(plan.output, sentence),
         )
         loader, windows = open_data(plan, rank)
@@ -139,7 +141,7 @@ def open_session(plan: RunPlan, *, resume: Resume = "auto", profile: bool = Fals
             stop=stop,
             pace=Pace(guard.straggler_score),
             spikes=SpikePolicy(guard.spike_window, guard.spike_sigma, guard.spike_patience),
-            profiler=_profiler(plan, rank, profile),
+            profile=_profile(plan, rank, profile),
             tasks=tasks,
             resume=resume,
             skipped=_read_skipped(plan.output),
@@ -155,12 +157,18 @@ def write_skipped(folder: Path, ranges: list[tuple[int, int]]) -> None:
     write_json(folder / SKIPPED, ranges)
 
 
-def _hold_folder(stack: contextlib.ExitStack, plan: RunPlan) -> Callable[[], None]:
-    """Takes the folder for this job, before anything in it is touched; gives the lock's sign of life."""
+def forget_skipped(run: Session) -> None:
+    """Gives no samples up: those of a run whose checkpoints are gone do not bind the next one."""
+    run.skipped.clear()
+    if run.is_first:
+        (run.plan.output / SKIPPED).unlink(missing_ok=True)
+
+
+def _hold_folder(stack: contextlib.ExitStack, plan: RunPlan) -> None:
+    """Takes the folder for this job, before anything in it is touched."""
     make_writable(plan.output)
-    lock = stack.enter_context(locked(plan.output))
+    stack.enter_context(locked(plan.output))
     clear_exit_status(plan.output)
-    return lock.touch
 
 
 def _prepare_folder(plan: RunPlan, resume: Resume) -> None:
@@ -294,10 +302,9 @@ def _meter(plan: RunPlan) -> Speedometer:
     )
 
 
-def _profiler(plan: RunPlan, rank: int, profile: bool) -> Profiler:
-    folder = plan.output / "profile" if profile else None
-    steps = plan.config.logging.profile_steps
-    return Profiler(folder, rank=rank, steps=steps, session_steps=plan.total_steps)
+def _profile(plan: RunPlan, rank: int, wanted: bool) -> Callable[[int], Profiler]:
+    folder = plan.output / "profile" if wanted else None
+    return functools.partial(Profiler, folder, rank, plan.config.logging.profile_steps)
 
 
 def _read_skipped(folder: Path) -> list[tuple[int, int]]:

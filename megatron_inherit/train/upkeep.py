@@ -16,7 +16,7 @@ from megatron_inherit.eval.val_loss import summarize
 from megatron_inherit.train import metrics, resume
 from megatron_inherit.train.checkpointing import SaveReport, list_steps, retire, step_folder
 from megatron_inherit.train.pace import unequal_ranks
-from megatron_inherit.train.session import Session, write_skipped
+from megatron_inherit.train.session import Session, forget_skipped, write_skipped
 from megatron_inherit.train.state import RunState
 from megatron_inherit.train.validation import window_losses
 
@@ -34,6 +34,7 @@ def begin(run: Session) -> RunState:
         run.metrics.write(metrics.session_row(state.step, run.meter, facts))
         logger.info("%s step %d of %d.", "Resuming after" if found else "Starting at", state.step, run.plan.total_steps)
     if found is None:
+        forget_skipped(run)
         evaluate_now(run, state)
     return state
 

@@ -54,7 +54,6 @@ class Watchdog:
         rank: This process's.
         world_size: Number of ranks.
         timeout: Seconds without progress after which the run is ended.
-        beat: Called with every sign of life.
         on_silence: Called with a sentence that names the silent rank; default ends the process with code 1.
     """
 
@@ -65,12 +64,11 @@ class Watchdog:
         rank: int,
         world_size: int,
         timeout: float,
-        beat: Callable[[], None] | None = None,
         on_silence: Callable[[str], None] | None = None,
     ) -> None:
         self.folder, self.rank, self.world_size, self.timeout = Path(folder), rank, world_size, timeout
         self.interval = min(30.0, max(0.2, timeout / 8))
-        self._beat, self._on_silence = beat, on_silence or _end_process
+        self._on_silence = on_silence or _end_process
         self._since = time.monotonic()
         self._note: mmap.mmap | None = None
         self._facts = {"host": socket.gethostname()[:64], "pid": os.getpid(), "started": process_start(os.getpid())}
@@ -119,8 +117,6 @@ class Watchdog:
         while not self._stop.wait(self.interval):
             try:
                 self._show()
-                if self._beat is not None:
-                    self._beat()
                 if time.monotonic() - self._since > self.timeout and not self._stop.is_set():
                     heartbeats = self.heartbeats()
                     self._on_silence(self._sentence(heartbeats))

@@ -245,6 +245,16 @@ def test_never_resuming_refuses_a_folder_with_checkpoints(tmp_path, corpus, half
     assert "step 12" in ended.text
 
 
+def test_samples_that_a_deleted_run_gave_up_are_read(tmp_path, corpus):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/skipped_samples.json").write_text("[[0, 8]]")
+    ended = train(tmp_path, corpus, "train.steps=2")
+    assert ended.codes == [0], ended.text
+    first, second = (row["samples"] for row in rows(tmp_path / "run") if row["kind"] == "train")
+    assert second == 2 * first
+    assert not (tmp_path / "run/skipped_samples.json").exists()
+
+
 def test_a_profile_is_a_trace_that_names_operations(tmp_path, corpus):
     ended = train(tmp_path, corpus, "--profile", "train.steps=8")
     assert ended.codes == [0], ended.text

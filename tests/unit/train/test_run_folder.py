@@ -1,6 +1,8 @@
 import os
 import time
 
+from megatron_inherit.train import run_folder
+from megatron_inherit.train.profiling import Profiler
 from megatron_inherit.train.run_folder import process_start
 
 
@@ -17,3 +19,22 @@ def test_a_killed_process_that_nobody_has_waited_for_holds_no_lock():
     finally:
         os.waitpid(pid, 0)
     assert process_start(os.getpid()) is not None
+
+
+def test_a_lock_shows_life_while_its_holder_is_busy(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_folder, "TOUCH_SECONDS", 0.01)
+    with run_folder.locked(tmp_path) as lock:
+        os.utime(lock.path, (0, 0))
+        deadline = time.monotonic() + 20
+        while lock.path.stat().st_mtime == 0 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert lock.path.stat().st_mtime > 0
+    assert not run_folder.is_held(tmp_path)
+
+
+def test_a_short_session_is_traced_whatever_the_run_s_length(tmp_path):
+    profiler = Profiler(tmp_path, 0, steps=3, session_steps=2)
+    with profiler:
+        for _ in range(2):
+            profiler.step()
+    assert (tmp_path / "rank_00000.json").is_file()
