@@ -1,6 +1,7 @@
 """Measures our kernels on this GPU beside torch eager, torch.compile, Liger and, where installed, QuACK, apex and TE.
 
     python benchmarks/kernels.py [--shapes 1.8b 7b 128k] [--operations rms_norm swiglu ...]
+    python benchmarks/kernels.py --toy       # every operation and rival once, tiny, on any machine; writes no row
 
 Inputs are random, new for every set, and rotated so that no call finds its own in the L2. Times are medians of CUDA
 events. An element-wise operation's share is the time of a copy of as many bytes as it must move at least, over its own;
@@ -14,9 +15,11 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
+import os
 import re
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -28,39 +31,67 @@ SHAPES = {
     "7b": {"rows": 16384, "hidden": 4096, "ffn": 11008, "vocab": 32000, "heads": 32, "groups": 32, "head": 128},
     "128k": {"rows": 8192, "hidden": 4096, "ffn": 14336, "vocab": 128256, "heads": 32, "groups": 8, "head": 128},
 }
+TOY = {"rows": 16, "hidden": 32, "ffn": 48, "vocab": 96, "heads": 2, "groups": 1, "head": 10}
 REPEATS, WARM_UP, ERROR_ROWS = 30, 10, 256
+CUDA = torch.cuda.is_available()
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if CUDA else ("cpu", torch.float32)
 
 
 def main() -> int:
     arguments = parse()
-    if not torch.cuda.is_available():
+    if arguments.toy:
+        return run_toy(arguments.operations)
+    if not CUDA:
         print("benchmarks/kernels.py needs one CUDA GPU with 40 GB of memory or more, torch with CUDA and triton.")
         print(
             "For the rivals: pip install liger-kernel==0.8.5 quack-kernels (Hopper); apex and TE come with NGC images."
         )
         return 2
-    from kernel_operations import activation_operations, head_operations, norm_operations, rope_operations
-
     torch.backends.cuda.matmul.allow_tf32 = False
     rows = []
     for name in arguments.shapes:
-        size = SHAPES[name]
-        operations = [
-            *norm_operations(size["rows"], size["hidden"]),
-            *rope_operations(size["rows"], size["heads"], size["groups"], size["head"], 128),
-            *activation_operations(size["rows"], size["ffn"]),
-            *head_operations(size["rows"], size["hidden"], size["vocab"], 4096),
-        ]
-        for operation in operations:
+        for operation in operations_of(SHAPES[name], pad=128, teacher=4096):
             if not arguments.operations or operation.name in arguments.operations:
                 rows += list(measure(operation))
                 write(rows)
     return 0
 
 
+def operations_of(size: dict[str, int], *, pad: int, teacher: int) -> list:
+    """Gives every operation at the sizes of a model."""
+    from kernel_operations import activation_operations, head_operations, norm_operations, rope_operations
+
+    return [
+        *norm_operations(size["rows"], size["hidden"]),
+        *rope_operations(size["rows"], size["heads"], size["groups"], size["head"], pad),
+        *activation_operations(size["rows"], size["ffn"]),
+        *head_operations(size["rows"], size["hidden"], size["vocab"], teacher),
+    ]
+
+
+def run_toy(names: list[str]) -> int:
+    """Goes the way of a measurement with tiny tensors; without a GPU Triton's interpreter runs the kernels."""
+    if not CUDA:
+        os.environ["TRITON_INTERPRET"] = "1"
+        os.environ["MINHERIT_KERNELS"] = "triton"
+    wanted, found = [], []
+    for operation in operations_of(TOY, pad=16, teacher=24):
+        if names and operation.name not in names:
+            continue
+        if not CUDA:  # the interpreter lacks CUDA's mathematics, which Liger's norms call; QuACK is no Triton
+            left_out = {"compile", "quack", *(["liger"] if "norm" in operation.name else [])}
+            for name in left_out & operation.implementations.keys():
+                del operation.implementations[name]
+        wanted += [(operation.name, name) for name in operation.implementations]
+        found += [(row["operation"], row["implementation"]) for row in measure(operation)]
+    print("No row was written: this is no measurement.")
+    return int(not set(wanted) <= set(found))
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--toy", action="store_true")
     parser.add_argument("--operations", nargs="+", default=[], help="names; default: all")
     return parser.parse_args()
 
@@ -82,7 +113,8 @@ def measure(operation) -> Iterator[dict]:
                 yield row
         except Exception as failure:
             print(f"{operation.name} {operation.shape} {name}: not measured: {type(failure).__name__}: {failure}")
-        torch.cuda.empty_cache()
+        if CUDA:
+            torch.cuda.empty_cache()
 
 
 def draw_on(device: str, dtype: torch.dtype, seed: int) -> Callable[..., torch.Tensor]:
@@ -97,11 +129,11 @@ def leaves(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def rotated(operation) -> list[dict[str, torch.Tensor]]:
     """Draws sets of inputs that together exceed the L2 four times, two sets at least, eight at most."""
-    first = leaves(operation.inputs(draw_on("cuda", torch.bfloat16, 0), operation.rows))
+    first = leaves(operation.inputs(draw_on(DEVICE, DTYPE, 0), operation.rows))
     size = sum(value.nbytes for value in first.values())
-    cache = torch.cuda.get_device_properties("cuda").L2_cache_size
+    cache = torch.cuda.get_device_properties(DEVICE).L2_cache_size if CUDA else 0
     count = min(8, max(2, 4 * cache // size + 1))
-    more = [leaves(operation.inputs(draw_on("cuda", torch.bfloat16, s), operation.rows)) for s in range(1, count)]
+    more = [leaves(operation.inputs(draw_on(DEVICE, DTYPE, s), operation.rows)) for s in range(1, count)]
     return [first, *more]
 
 
@@ -117,6 +149,8 @@ def gradients(outputs, inputs, upstream) -> tuple[torch.Tensor, ...]:
 
 def median_seconds(calls: list[Callable[[], object]]) -> float:
     """Times calls in turn, each between two events on the device."""
+    if not CUDA:
+        return _host_seconds(calls[0])
     for index in range(WARM_UP):
         calls[index % len(calls)]()
     spans = []
@@ -128,6 +162,12 @@ def median_seconds(calls: list[Callable[[], object]]) -> float:
         spans.append((start, end))
     torch.cuda.synchronize()
     return statistics.median(start.elapsed_time(end) for start, end in spans) / 1e3
+
+
+def _host_seconds(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
 
 
 def times(operation, function, sets) -> dict[str, float]:
@@ -149,7 +189,7 @@ def times(operation, function, sets) -> dict[str, float]:
 
 def copy_seconds(size: int) -> float:
     """Times copies that move ``size`` bytes, half read and half written, rotated like the inputs."""
-    pairs = [torch.empty(2, size // 2, dtype=torch.uint8, device="cuda") for _ in range(4)]
+    pairs = [torch.empty(2, size // 2, dtype=torch.uint8, device=DEVICE) for _ in range(4)]
     return median_seconds([lambda pair=pair: pair[1].copy_(pair[0]) for pair in pairs])
 
 
@@ -177,6 +217,8 @@ def peak(function, inputs) -> float:
     """Gives MiB allocated at most by a call and its backward pass, beyond what was there."""
     gradients(found := outputs_of(function, inputs), inputs, [torch.ones_like(output) for output in found])
     del found
+    if not CUDA:
+        return float("nan")
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -187,7 +229,7 @@ def peak(function, inputs) -> float:
 
 def error(operation, function) -> float:
     """Gives the largest error against the eager operation in float64, over outputs and gradients."""
-    inputs = operation.inputs(draw_on("cuda", torch.bfloat16, 99), ERROR_ROWS)
+    inputs = operation.inputs(draw_on(DEVICE, DTYPE, 99), min(ERROR_ROWS, operation.rows))
     wide = {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
     results = []
     for chosen, tensors in ((function, leaves(inputs)), (operation.implementations["eager"], leaves(wide))):
@@ -212,7 +254,7 @@ def facts() -> dict[str, str]:
 
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "device": torch.cuda.get_device_name(),
+        "device": torch.cuda.get_device_name() if CUDA else "cpu",
         "versions": f"torch {torch.__version__}, CUDA {torch.version.cuda}, triton {triton.__version__}",
     }
 

@@ -86,6 +86,7 @@ def test_torchrun_on_two_nodes_trains_as_one(tmp_path, corpus, nodes, environmen
         assert one["loss"] == pytest.approx(two["loss"], abs=1e-5)
 
 
+@pytest.mark.nightly
 def test_a_submitted_job_saves_requeues_and_ends_where_an_undisturbed_one_does(
     tmp_path, corpus, nodes, environment, capsys, monkeypatch
 ):

@@ -1,0 +1,47 @@
+"""The benchmark scripts go their whole way at toy size on any machine."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def run(*words):
+    before = {path.name: path.stat().st_mtime_ns for path in RESULTS.iterdir()}
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert {path.name: path.stat().st_mtime_ns for path in RESULTS.iterdir()} == before, "a toy wrote rows"
+    return done
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what it needs")
+@pytest.mark.parametrize("words", [("benchmarks/kernels.py",), ("benchmarks/train.py", "gpu")], ids=str)
+def test_a_script_for_a_gpu_says_what_it_needs(words):
+    done = run(*words)
+    assert done.returncode == 2, done.stderr
+    assert "one CUDA GPU" in done.stdout
+
+
+@pytest.mark.nightly
+def test_every_kernel_and_rival_is_measured_at_toy_size():
+    done = run("benchmarks/kernels.py", "--toy")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("rms_norm", "add_rms_norm", "add_layer_norm", "rope_qkv", "swiglu", "bias_gelu", "linear_kl"):
+        assert f"{name} " in done.stdout
+
+
+@pytest.mark.nightly
+def test_every_arm_of_the_training_benchmark_runs_at_toy_size():
+    pytest.importorskip("deepspeed")
+    sizes = ["--steps", "2", "--batch", "4", "--micro-batch", "2", "--length", "64"]
+    done = run("benchmarks/train.py", "gpu", "--toy", *sizes)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for arm in ("megatron", "deepspeed", "trainer"):
+        assert f'"arm": "{arm}"' in done.stdout
+    for column in ("mfu_palm", "mfu_causal", "share_matmul", "share_attention", "share_loss", "share_idle"):
+        assert done.stdout.count(f'"{column}"') == 3
