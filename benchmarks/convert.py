@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +83,8 @@ def _spread(seconds: list[float]) -> str:
     return f"{min(seconds):.2f}-{max(seconds):.2f}"
 
 
-def memory(work: Path) -> list[dict[str, Any]]:
+def memory(work: Path) -> Iterator[dict[str, Any]]:
     """Measures memory at two sizes of the same width."""
-    rows = []
     shape = preset("llama-2-7b")
     for config in (dataclasses.replace(shape.with_layers(1), vocab_size=8000), shape.with_layers(14)):
         source = make_checkpoint(work / f"llama-2-7b-{config.num_layers}", config)
@@ -99,10 +99,9 @@ def memory(work: Path) -> list[dict[str, Any]]:
                 "anon_mib": round(run["anon_mib"], 1),
                 "rss_mib": round(run["rss_mib"]),
             }
-            rows.append(row)
             print(row, flush=True)
+            yield row
     shutil.rmtree(work / "out", ignore_errors=True)
-    return rows
 
 
 def zero_copy(work: Path) -> list[dict[str, Any]]:
@@ -188,34 +187,34 @@ def main() -> None:
     args = parser.parse_args()
     kinds = {"contiguous": CONTIGUOUS, "tp": SPLIT}
     for case in args.cases:
-        rows: list[dict[str, Any]] = []
+        rows: Iterable[dict[str, Any]] = []
         if case in kinds:
             shape = preset("llama-2-7b").with_layers(args.layers)
             source = make_checkpoint(args.work / f"llama-2-7b-{args.layers}", shape)
-            rows += [
+            rows = (
                 paired(name, source, words, args.work, args.repeats)
                 for name, words in kinds[case].items()
                 if args.only in ("", name)
-            ]
+            )
         elif case == "transposed":
             source = make_checkpoint(args.work / "gpt2-xl-12", preset("gpt2-xl").with_layers(12), dtype="F32")
-            rows += [
+            rows = (
                 paired(f"gpt2-xl, {name}", source, words, args.work, args.repeats)
                 for name, words in TRANSPOSED.items()
                 if args.only in ("", name)
-            ]
+            )
         elif case == "memory":
-            rows += memory(args.work)
+            rows = memory(args.work)
         elif case == "zero-copy":
-            rows += zero_copy(args.work)
+            rows = zero_copy(args.work)
         elif case == "mergekit":
-            rows += [
+            rows = (
                 mergekit(args.work, args.mergekit, n, depth, args.repeats)
                 for n, depth in ((4, 6), (13, 14))
                 if args.only in ("", f"{n} of {depth}")
-            ]
-        around = circumstances("safetensors", "numpy", "xxhash")
-        print(append_rows("convert", [around | row for row in rows]))
+            )
+        for row in rows:
+            print(append_rows("convert", [circumstances("safetensors", "numpy", "xxhash") | row]))
 
 
 if __name__ == "__main__":
