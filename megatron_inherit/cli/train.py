@@ -38,11 +38,14 @@ def train(
     if os.environ.get("RANK") != before:
         log.set_up(verbose=log.get_logger(__name__).isEnabledFor(logging.DEBUG))
     from megatron_inherit.config.load import load_recipe, to_yaml
+    from megatron_inherit.train.inputs import open_data
     from megatron_inherit.train.preflight import plan_run
 
     config = load_recipe(recipe, overrides or [])
     if dry_run:
-        typer.echo(to_yaml(config) + "# " + json.dumps(plan_run(config).summary()))
+        plan = plan_run(config)
+        open_data(plan, rank=0)
+        typer.echo(to_yaml(config) + "# " + json.dumps(plan.summary()))
         return
     warnings.filterwarnings("ignore", module=r"megatron\.")
     from megatron_inherit.train.loop import pretrain

@@ -44,8 +44,8 @@ from megatron_inherit.study.schema import CutSection
 from megatron_inherit.study.width import cut_width
 from megatron_inherit.train.run_folder import RunLock
 from megatron_inherit.train.schedule import total_steps
-from megatron_inherit.train.session import RECIPE
 from megatron_inherit.train.signals import SIGNALS
+from megatron_inherit.train.start import RECIPE
 
 logger = get_logger(__name__)
 

@@ -14,7 +14,8 @@ from megatron_inherit.config.schema import RunConfig
 from megatron_inherit.train import upkeep
 from megatron_inherit.train.preflight import plan_run
 from megatron_inherit.train.progress import Progress
-from megatron_inherit.train.session import Resume, Session, describe, open_session
+from megatron_inherit.train.session import Resume, Session, open_session
+from megatron_inherit.train.start import describe
 from megatron_inherit.train.state import RunState, next_start
 from megatron_inherit.train.tasks import score_tasks_if_due
 from megatron_inherit.train.untie import untie_if_due

@@ -6,18 +6,24 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import yaml
 
-from megatron_inherit.base.atomic import write_json, write_text
+from megatron_inherit.base.atomic import write_json
 from megatron_inherit.base.errors import DiskError, DivergedError, MinheritError, PreemptedError
 from megatron_inherit.base.log import get_logger
-from megatron_inherit.config.load import config_hash, flatten, to_yaml
-from megatron_inherit.train.checkpointing import KeepPolicy, Saver, remove_leftovers, require_checkpoint_space
+from megatron_inherit.config.load import flatten, to_yaml
+from megatron_inherit.train.checkpointing import (
+    KeepPolicy,
+    Saver,
+    list_steps,
+    remove_leftovers,
+    require_checkpoint_space,
+)
 from megatron_inherit.train.inputs import identity_of, open_data, read_side_files
 from megatron_inherit.train.loggers import open_loggers
 from megatron_inherit.train.metrics import MetricsLog, Speedometer, speedometer
@@ -27,13 +33,13 @@ from megatron_inherit.train.profiling import Profiler
 from megatron_inherit.train.resume import Identity, refuse_existing
 from megatron_inherit.train.run_folder import (
     clear_exit_status,
-    environment,
     locked,
     make_writable,
     write_exit_status,
 )
 from megatron_inherit.train.signals import StopRequest
 from megatron_inherit.train.spikes import SpikePolicy
+from megatron_inherit.train.start import RECIPE, device_name, refuse_other_start
 from megatron_inherit.train.tasks import TaskScorer, open_tasks
 from megatron_inherit.train.watchdog import Watchdog
 
@@ -45,9 +51,7 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 Resume = Literal["auto", "never"]
-RECIPE, SKIPPED = "run.yaml", "skipped_samples.json"
-DROPOUT = ("attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout", "hidden_dropout")
-"""Keys of a Hugging Face config that ask for dropout."""
+SKIPPED = "skipped_samples.json"
 
 
 @dataclass
@@ -178,6 +182,8 @@ def _prepare_folder(plan: RunPlan, resume: Resume) -> None:
     require_checkpoint_space(plan.output, plan.checkpoint_bytes)
     checkpoints.mkdir(exist_ok=True)
     remove_leftovers(checkpoints)
+    if list_steps(checkpoints):
+        refuse_other_start(plan)
     _tell_changes(plan.output / RECIPE, to_yaml(plan.config))
 
 
@@ -284,12 +290,6 @@ def _metrics(plan: RunPlan, rank: int) -> MetricsLog:
     return MetricsLog(plan.output, loggers)
 
 
-def _device_name() -> str:
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-
-
 def _meter(plan: RunPlan) -> Speedometer:
     section = plan.config.logging
     return speedometer(
@@ -297,7 +297,7 @@ def _meter(plan: RunPlan) -> Speedometer:
         sequence_length=plan.config.train.sequence_length,
         formula=section.flops_formula,
         world_size=plan.world_size,
-        device_name=_device_name(),
+        device_name=device_name(),
         peak_tflops=section.peak_tflops,
     )
 
@@ -310,39 +310,3 @@ def _profile(plan: RunPlan, rank: int, wanted: bool) -> Callable[[int], Profiler
 def _read_skipped(folder: Path) -> list[tuple[int, int]]:
     path = folder / SKIPPED
     return [tuple(pair) for pair in json.loads(path.read_text())] if path.exists() else []
-
-
-def tell_dropout(hf_config: Mapping[str, Any] | None) -> None:
-    """Says that training has no dropout where the model's own config asks for some."""
-    asked = {key: value for key in DROPOUT if (value := (hf_config or {}).get(key))}
-    if asked:
-        keys = ", ".join(f"{key}={value}" for key, value in asked.items())
-        logger.info("Training has no dropout: %s of the model's config.json is not applied.", keys)
-
-
-def describe(session: Session) -> None:
-    """Writes what the run is, once it is sure that the checkpoints in its folder are its own; rank 0 does it."""
-    plan = session.plan
-    write_text(plan.output / RECIPE, to_yaml(plan.config))
-    tell_dropout(None if plan.source is None else plan.source.hf_config)
-    write_json(
-        plan.output / "environment.json",
-        environment(
-            device=_device_name(),
-            world_size=plan.world_size,
-            num_layers=plan.model.num_layers,
-            parameters=plan.parameters,
-            mfu_formula=session.meter.formula,
-        ),
-    )
-    source = plan.source
-    write_json(
-        plan.output / "manifest.json",
-        {
-            "kind": "run",
-            "config_hash": config_hash(plan.config),
-            "started_from": None if source is None else {"path": source.path, "identity": dict(source.identity)},
-            "identity": session.identity.to_json(),
-            "evaluation": None if session.windows is None else session.windows.fingerprint,
-        },
-    )

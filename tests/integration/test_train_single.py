@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import resource
@@ -7,6 +8,9 @@ import time
 
 import pytest
 
+from megatron_inherit.arch.presets import preset
+from megatron_inherit.inherit.inheritune import plan_fresh
+from megatron_inherit.plan.execute import execute
 from tests.support import forked_world, tiny_run
 from tests.support.tiny_run import curve, recipe, rows, saved_hashes, status
 
@@ -243,6 +247,39 @@ def test_never_resuming_refuses_a_folder_with_checkpoints(tmp_path, corpus, half
     ended = train(tmp_path, corpus, "--resume", "never")
     assert ended.codes == [2]
     assert "step 12" in ended.text
+
+
+def random_start(folder, seed):
+    plan = plan_fresh(
+        dataclasses.replace(preset("llama-tiny"), num_layers=2, hidden_size=32, head_dim=8, ffn_size=64), seed=seed
+    )
+    execute(plan, folder, record={})
+    return folder
+
+
+def test_a_run_goes_on_from_its_own_start_only(tmp_path, corpus):
+    starts = {name: random_start(tmp_path / name, seed) for seed, name in enumerate(("one", "other"))}
+
+    def train(*words):
+        path = recipe(tmp_path, corpus, model={"preset": None, "shape": {}, "init": "weights"})
+        return forked_world.run(tmp_path, ["train", path, *words])
+
+    assert train(f"model.path={starts['one']}", "train.stop_after=2").codes == [75]
+    assert (tmp_path / "run/inherit.json").read_text() == (starts["one"] / "inherit.json").read_text()
+    before = (tmp_path / "run/run.yaml").read_text()
+    ended = train(f"model.path={starts['other']}")
+    assert ended.codes == [3], ended.text
+    assert str(starts["one"]) in ended.text
+    assert (tmp_path / "run/run.yaml").read_text() == before
+    starts["one"].rename(tmp_path / "moved")
+    ended = train(f"model.path={tmp_path / 'moved'}", "train.steps=3")
+    assert ended.codes == [0], ended.text
+
+
+def test_a_dry_run_opens_the_data(tmp_path, corpus):
+    ended = train(tmp_path, corpus, "--dry-run", f"data.path={tmp_path / 'nope'}")
+    assert ended.codes == [4], ended.text
+    assert not (tmp_path / "run").exists()
 
 
 def test_samples_that_a_deleted_run_gave_up_are_read(tmp_path, corpus):

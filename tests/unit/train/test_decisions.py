@@ -22,8 +22,8 @@ from megatron_inherit.train.checkpointing import (
 from megatron_inherit.train.pace import Pace, unequal_ranks
 from megatron_inherit.train.resume import Identity
 from megatron_inherit.train.run_folder import RunLock, clear_exit_status, locked, process_start, write_exit_status
-from megatron_inherit.train.session import tell_dropout
 from megatron_inherit.train.spikes import SpikePolicy
+from megatron_inherit.train.start import tell_dropout
 from megatron_inherit.train.state import RunState, next_start
 from megatron_inherit.train.watchdog import Watchdog
 
