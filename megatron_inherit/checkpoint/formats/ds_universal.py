@@ -115,9 +115,11 @@ def _read(file: Path, tensor: PhysicalTensor) -> Extent:
 
 
 def _adam(folder: Path) -> tuple[float, ...]:
-    """Reads Adam's settings where the parameter groups tell them."""
-    file = folder / "zero" / "optimizer_state.pt"
-    return adam_settings(fields(read_torch(file)).get("param_groups")) if file.is_file() else ()
+    """Reads Adam's settings where the parameter groups tell them; weights and moments do without."""
+    try:
+        return adam_settings(fields(read_torch(folder / "zero" / "optimizer_state.pt")).get("param_groups"))
+    except CheckpointError:
+        return ()
 
 
 def _step(here: Mapping[str, Path], wanted: list[PhysicalTensor]) -> int:
