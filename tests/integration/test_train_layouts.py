@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import pytest
 
@@ -12,6 +13,8 @@ from tests.support.tiny_run import curve, recipe, rows, saved_hashes
 pytestmark = pytest.mark.slow
 
 LAYOUTS = {
+    "zero0": (2, ("engine=deepspeed", "deepspeed.zero_stage=0")),
+    "zero2": (2, ("engine=deepspeed", "deepspeed.zero_stage=2")),
     "zero1": (2, ("engine=deepspeed", "deepspeed.zero_stage=1")),
     "zero3": (2, ("engine=deepspeed", "deepspeed.zero_stage=3")),
     "tp2": (2, ("parallel.tp=2", "parallel.sequence_parallel=true")),
@@ -37,6 +40,16 @@ def reference(tmp_path_factory, corpus):
     return folder / "run"
 
 
+def refuse_pickles():
+    """Lets a rank fail that unpickles anything that names a class or a function."""
+
+    def refuse(event, details):
+        if event == "pickle.find_class":
+            raise RuntimeError(f"unpickled {details}")
+
+    sys.addaudithook(refuse)
+
+
 def equal(run, reference):
     one, other = rows(run), rows(reference)
     assert [row["samples"] for row in one] == [row["samples"] for row in other]
@@ -49,18 +62,54 @@ def equal(run, reference):
         assert (a["windows"], a["fingerprint"]) == (b["windows"], b["fingerprint"])
 
 
-@pytest.mark.parametrize("name", ["zero3", "dp2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "zero3",
+        "dp2",
+        *(pytest.param(name, marks=pytest.mark.nightly) for name in ("zero0", "zero1", "zero2", "tp2", "pp2")),
+    ],
+)
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path, corpus, reference, name):
     size, words = LAYOUTS[name]
     for folder, stops in (("whole", ()), ("halves", ("train.stop_after=7",))):
         path = recipe(tmp_path / folder, corpus, checkpoint={"asynchronous": folder == "halves"})
         for stop in (*stops, "train.stop_after=null"):
-            ended = forked_world.run(tmp_path / folder, ["train", path, *words, stop], size=size)
+            ended = forked_world.run(tmp_path / folder, ["train", path, *words, stop], size=size, before=refuse_pickles)
             assert ended.codes == [0 if "null" in stop else 75] * size, ended.text
     whole, halves = tmp_path / "whole" / "run", tmp_path / "halves" / "run"
     assert curve(halves) == curve(whole)
     assert saved_hashes(halves, 20) == saved_hashes(whole, 20)
     equal(whole, reference)
+
+
+@pytest.mark.nightly
+def test_a_rank_under_zero_3_reads_its_own_part_of_the_weights_only(tmp_path, corpus):
+    def count_reads():
+        from megatron_inherit.model import load
+
+        make, rank = load.random_reader, os.environ["RANK"]
+
+        def random_reader(config, seed):
+            read = make(config, seed)
+
+            def counted(spec, box):
+                values = read(spec, box)
+                with (tmp_path / f"read{rank}").open("a") as file:
+                    file.write(f"{values.numel()}\n")
+                return values
+
+            return counted
+
+        load.random_reader = random_reader
+
+    words = ["train", recipe(tmp_path, corpus), "train.steps=1", *LAYOUTS["zero3"][1]]
+    ended = forked_world.run(tmp_path, words, size=2, before=count_reads)
+    assert ended.codes == [0, 0], ended.text
+    parameters = json.loads((tmp_path / "run/environment.json").read_text())["parameters"]
+    for rank in range(2):
+        read = sum(map(int, (tmp_path / f"read{rank}").read_text().split()))
+        assert read == pytest.approx(parameters / 2, rel=0.05)
 
 
 def test_a_relay_over_engines_and_layouts_is_the_run_of_one_process(tmp_path, corpus, reference):

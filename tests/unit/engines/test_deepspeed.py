@@ -1,0 +1,38 @@
+"""What DeepSpeed is told, and that it needs no compiler."""
+
+import pytest
+
+from megatron_inherit.engines.base import EngineOptions
+from tests.support.engine_world import MODELS, replica_batches, run_world
+
+pytestmark = pytest.mark.nightly
+
+
+def play(_):
+    """Trains a step of each kind in one process and tells in what dtype gradients add up."""
+    import torch.utils.cpp_extension
+
+    from megatron_inherit.engines.create import create_engine
+
+    def refuse(*words, **more):
+        raise AssertionError("a compiler was asked for")
+
+    torch.utils.cpp_extension.load = refuse
+    found = {}
+    for stage in (1, 2, 3):
+        options = EngineOptions(
+            zero_stage=stage, dtype="bf16", micro_batch=4, offload="optimizer" if stage == 2 else "none"
+        )
+        engine = create_engine("deepspeed", options, MODELS["llama"], seed=3)
+        batches = replica_batches(0, data_rank=0, data_size=1, micro_batch=4)
+        result = engine.train_step(batches, lr=1e-3)
+        weights, sums = engine.engine.get_data_types()
+        found[stage] = (str(weights), str(sums), len(batches), result.skipped, result.forward_seconds > 0)
+    return found
+
+
+def test_gradients_of_bf16_weights_add_up_in_fp32_and_no_compiler_runs():
+    pytest.importorskip("deepspeed")
+    (found,) = run_world(1, play)
+    assert set(found) == {1, 2, 3}
+    assert set(found.values()) == {("torch.bfloat16", "torch.float32", 2, False, True)}
