@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_inherit.base.errors import DataError
 from megatron_inherit.data.budget import make_subset
@@ -60,17 +61,10 @@ def prepare(
     out = Path(out)
     if workers > 1:
         start_server("megatron_inherit.data.tokenize")
-    ingest(
-        list(sources),
-        out / "text",
-        ingest_options,
-        pattern=pattern,
-        as_text=as_text,
-        workers=workers,
-        on_progress=on_progress,
-    )
+    jobs: dict[str, Any] = {"workers": workers, "on_progress": on_progress}
+    ingest(list(sources), out / "text", ingest_options, pattern=pattern, as_text=as_text, **jobs)
     how = (tokenize_options or TokenizeOptions(tokenizer=tokenizer)).model_copy(update={"tokenizer": tokenizer})
-    tokens_manifest = tokenize(out / "text", out / "tokens", how, workers=workers, on_progress=on_progress)
+    tokens_manifest = tokenize(out / "text", out / "tokens", how, **jobs)
     chosen = {"tokens": tokens, "seed": seed, "valid_share": valid_share, "test_share": test_share}
     draw = (subset_options or SubsetOptions()).model_copy(update=chosen)
     subset = out / "subset"
