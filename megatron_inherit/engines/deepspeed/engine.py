@@ -37,7 +37,6 @@ from megatron_inherit.sharing.relax import share_model
 from megatron_inherit.sharing.stage_plan import unshared
 from megatron_inherit.sharing.tensors import restoring
 
-
 _log = get_logger(__name__)
 
 

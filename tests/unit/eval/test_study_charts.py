@@ -25,7 +25,9 @@ CURVES = COMMON | {
 }
 
 
-@pytest.mark.parametrize(("figure", "words"), [(POINTS, ("layers", "the teacher")), (CURVES, ("tokens seen", "scratch at its end"))])
+@pytest.mark.parametrize(
+    ("figure", "words"), [(POINTS, ("layers", "the teacher")), (CURVES, ("tokens seen", "scratch at its end"))]
+)
 @pytest.mark.parametrize("wide", [True, False])
 def test_every_group_is_drawn_and_named(figure, words, wide):
     (drawing,) = drawings_of(figure)
