@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ FreshKind = Literal["normal", "residual", "ones", "zeros"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Op:
+class Op(abc.ABC):
     """Gives one tensor of the output its values.
 
     Attributes:
@@ -33,9 +34,9 @@ class Op:
         """Tensors of the source that it reads."""
         return ()
 
+    @abc.abstractmethod
     def describe(self) -> str:
         """Says in a few words where the values come from."""
-        raise NotImplementedError
 
     def to_json(self) -> dict[str, Any]:
         """Gives plain values; ``op_from_json`` reverses it."""
