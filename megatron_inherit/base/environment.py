@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shlex
 import sys
 import time
 from typing import Any
@@ -13,28 +14,36 @@ from megatron_inherit import __version__
 
 _PACKAGES = (
     "torch",
-    "numpy",
-    "safetensors",
     "megatron-core",
     "deepspeed",
     "transformers",
     "tokenizers",
     "triton",
+    "numpy",
+    "safetensors",
+    "pydantic",
     "xxhash",
     "gguf",
 )
 
 
-def collect_environment() -> dict[str, Any]:
-    """Gathers what can be known without importing a package; no host name, user name or path."""
+def collect_environment(**facts: Any) -> dict[str, Any]:
+    """Gathers what can be known without importing a package; no host name, user name or path but in the command.
+
+    Args:
+        facts: Further entries, which come first: device, world size, parameters.
+    """
+    versions = {"python": platform.python_version(), "megatron-inherit": __version__}
+    versions |= {name: version for name in _PACKAGES if (version := _version(name))}
     return {
-        "minherit": __version__,
-        "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]],
+        **facts,
+        "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": os.environ.get("OMP_NUM_THREADS"),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "command": shlex.join([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+        "versions": versions,
     }
 
 

@@ -1,15 +1,12 @@
-"""A run's folder: who holds it, what it was told to do, where it ran and how it ended."""
+"""A run's folder: who holds it, and how the run ended."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import importlib.metadata
 import json
 import os
-import platform
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -27,7 +24,6 @@ LOCK, STATUS = "run.lock", "exit_status.json"
 FOREIGN_LOCK_SECONDS = 300.0
 """Without a sign of life for so long another machine's lock is taken over."""
 TOUCH_SECONDS = 30.0
-_PACKAGES = ("torch", "megatron-core", "deepspeed", "transformers", "triton", "numpy", "safetensors", "pydantic")
 
 
 def make_writable(folder: Path) -> None:
@@ -193,29 +189,6 @@ def write_exit_status(folder: Path, *, code: int, reason: str) -> None:
 def clear_exit_status(folder: Path) -> None:
     """Forgets how the session before ended."""
     (folder / STATUS).unlink(missing_ok=True)
-
-
-def environment(**facts: Any) -> dict[str, Any]:
-    """Describes machine and software.
-
-    Args:
-        facts: Further entries: device, world size, parameters.
-    """
-    versions = {"python": platform.python_version()}
-    for name in ("megatron-inherit", *_PACKAGES):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return {
-        **facts,
-        "host": socket.gethostname(),
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "threads": os.environ.get("OMP_NUM_THREADS"),
-        "slurm_job": os.environ.get("SLURM_JOB_ID"),
-        "command": " ".join(sys.argv),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "versions": versions,
-    }
 
 
 def _parse(text: str) -> dict[str, Any]:

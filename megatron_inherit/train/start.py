@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_inherit.base.atomic import write_json, write_text
+from megatron_inherit.base.environment import collect_environment
 from megatron_inherit.base.errors import ConfigError
 from megatron_inherit.base.log import get_logger
 from megatron_inherit.config.load import config_hash, to_yaml
 from megatron_inherit.plan.execute import RECORD
 from megatron_inherit.train.preflight import RunPlan
-from megatron_inherit.train.run_folder import environment
 
 if TYPE_CHECKING:
     from megatron_inherit.train.session import Session
@@ -69,7 +70,8 @@ def describe(session: Session) -> None:
     tell_dropout(None if plan.source is None else plan.source.hf_config)
     write_json(
         plan.output / "environment.json",
-        environment(
+        collect_environment(
+            host=socket.gethostname(),
             device=device_name(),
             world_size=plan.world_size,
             num_layers=plan.model.num_layers,

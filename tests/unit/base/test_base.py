@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from megatron_inherit.base import atomic
+from megatron_inherit.base.environment import collect_environment
 from megatron_inherit.base.errors import DiskError, MissingExtraError, UsageError
 from megatron_inherit.base.optional import require
 from megatron_inherit.base.quantities import format_bytes, format_count, parse_bytes, parse_count
@@ -157,3 +158,12 @@ def test_other_launchers_are_left_alone():
     env = {"RANK": "5", "SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_LOCALID": "0", "SLURM_STEP_ID": "0"}
     adopt_launcher(env)
     assert env["RANK"] == "5"
+
+
+def test_an_environment_tells_versions_and_the_command_without_its_folder(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/home/somebody/bin/minherit", "train", "a b"])
+    found = collect_environment(device="cpu", parameters=3)
+    assert next(iter(found)) == "device"
+    assert (found["parameters"], found["command"]) == (3, "minherit train 'a b'")
+    assert {"python", "megatron-inherit", "torch", "numpy"} <= found["versions"].keys()
+    assert "somebody" not in str(found)

@@ -50,7 +50,7 @@ def test_every_output_tells_how_it_was_made(teacher, tmp_path):
     assert record["seed"] == 4
     assert set(record["plan"]["origin"]["identity"]) == {"config.json", "model.safetensors"}
     assert [Path(name).name for name in record["teacher_files"]] == ["model.safetensors"]
-    assert json.loads((tmp_path / "s" / "environment.json").read_text())["packages"]["numpy"] == np.__version__
+    assert json.loads((tmp_path / "s" / "environment.json").read_text())["versions"]["numpy"] == np.__version__
     card = (tmp_path / "s" / "README.md").read_text()
     assert "license: openrail" in card
     assert "1 block out of the 4 of teacher: 0" in card
