@@ -68,10 +68,8 @@ def check_schedule(config: RunConfig) -> None:
         raise ConfigError(
             "schedule.floor_lr: above optimizer.lr.", got=schedule.floor_lr, expected=f"at most {config.optimizer.lr}"
         )
-    if steps is not None and schedule.warmup_steps > steps:
-        raise ConfigError(
-            "schedule.warmup_steps: longer than the run.", got=schedule.warmup_steps, expected=f"at most {steps}"
-        )
+    if steps is not None:
+        refuse_long_warmup(schedule.warmup_steps, steps)
     if schedule.kind in ("cosine", "linear") and (schedule.decay_steps or LONGEST) <= schedule.warmup_steps:
         raise ConfigError(
             "schedule.decay_steps: the floor would be reached during the warm-up.",
@@ -82,28 +80,36 @@ def check_schedule(config: RunConfig) -> None:
         raise ConfigError("schedule.warmup_steps: inverse-sqrt is lr * sqrt(warmup / step) and needs a warm-up.")
 
 
-def check_zero_and_pipeline(config: RunConfig) -> None:
-    """DeepSpeed's ZeRO-2 and ZeRO-3 exclude pipelines."""
-    if config.engine == "deepspeed" and config.parallel.pp > 1:
+def refuse_long_warmup(warmup_steps: int, steps: int) -> None:
+    """Raises ConfigError for a warm-up that a run does not come to the end of; asked again once a budget has steps."""
+    if warmup_steps > steps:
+        raise ConfigError("schedule.warmup_steps: longer than the run.", got=warmup_steps, expected=f"at most {steps}")
+
+
+def refuse_zero_with(stage: int, *, pp: int, dtype: str) -> None:
+    """Raises ConfigError for what DeepSpeed cannot combine with a ZeRO stage; engine options are asked here too."""
+    if pp > 1:
         raise ConfigError(
             "parallel.pp: ZeRO-2/3 and pipelines exclude each other, and the deepspeed engine runs no pipeline."
-            if config.deepspeed.zero_stage >= 2
+            if stage >= 2
             else "parallel.pp: the deepspeed engine runs no pipeline.",
-            got=config.parallel.pp,
+            got=pp,
             expected=1,
             fix="Set parallel.pp=1, or engine=megatron.",
         )
-
-
-def check_zero_dtype(config: RunConfig) -> None:
-    """DeepSpeed steps a bf16 model only from stage 1 on."""
-    if config.engine == "deepspeed" and config.deepspeed.zero_stage == 0 and config.train.dtype == "bf16":
+    if stage == 0 and dtype == "bf16":
         raise ConfigError(
             "deepspeed.zero_stage: stage 0 in bf16 takes a phantom optimizer step in DeepSpeed 0.19.8.",
             got=0,
             expected=1,
             fix="Set deepspeed.zero_stage=1 or train.dtype=fp32.",
         )
+
+
+def check_zero(config: RunConfig) -> None:
+    """DeepSpeed's ZeRO-2 and ZeRO-3 exclude pipelines, and it steps a bf16 model only from stage 1 on."""
+    if config.engine == "deepspeed":
+        refuse_zero_with(config.deepspeed.zero_stage, pp=config.parallel.pp, dtype=config.train.dtype)
 
 
 def check_kept(config: RunConfig) -> None:
@@ -173,8 +179,7 @@ CHECKS: tuple[Callable[[RunConfig], None], ...] = (
     check_length,
     check_batch,
     check_schedule,
-    check_zero_and_pipeline,
-    check_zero_dtype,
+    check_zero,
     check_kept,
     check_distill,
     check_untie,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_inherit.arch.model_config import ModelConfig
 from megatron_inherit.base.errors import ConfigError
+from megatron_inherit.config.checks import refuse_zero_with
 from megatron_inherit.engines.base import EngineKind, EngineOptions
 from megatron_inherit.sharing.options import Sharing
 from megatron_inherit.sharing.stage_plan import require_cover
@@ -100,16 +101,16 @@ def _check_sizes(options: EngineOptions, config: ModelConfig, world_size: int) -
         raise ConfigError(
             "parallel.sequence_parallel: needs tensor parallelism.", fix="Set parallel.tp to 2 or more, or turn it off."
         )
+    if options.vpp > 1 and options.pp == 1:
+        raise ConfigError(
+            "parallel.vpp: needs a pipeline.", got=f"vpp {options.vpp}, pp 1", fix="Set parallel.vpp to 1."
+        )
     if options.clip < 0 or options.eps <= 0 or not all(0 <= beta < 1 for beta in options.betas):
         raise ConfigError("optimizer: clip must be >= 0, eps > 0 and both betas in [0, 1).")
 
 
 def _check_pipeline(options: EngineOptions, config: ModelConfig) -> None:
     chunks = options.pp * options.vpp
-    if options.vpp > 1 and options.pp == 1:
-        raise ConfigError(
-            "parallel.vpp: needs a pipeline.", got=f"vpp {options.vpp}, pp 1", fix="Set parallel.vpp to 1."
-        )
     uneven = [n for n in (options.first_stage_layers, options.last_stage_layers) if n is not None]
     if uneven:
         if options.vpp > 1 or options.pp < 2:
@@ -133,10 +134,6 @@ def _check_pipeline(options: EngineOptions, config: ModelConfig) -> None:
 
 def _check_stages(options: EngineOptions, sharing: Sharing, config: ModelConfig) -> None:
     require_cover(sharing.plan, config)
-    if options.vpp > 1 and options.pp == 1:
-        raise ConfigError(
-            "parallel.vpp: needs a pipeline.", got=f"vpp {options.vpp}, pp 1", fix="Set parallel.vpp to 1."
-        )
     if options.first_stage_layers or options.last_stage_layers:
         raise ConfigError(
             "parallel.first_stage_layers, last_stage_layers: with shared stages the pipeline is cut between them.",
@@ -156,23 +153,11 @@ def _check_deepspeed(options: EngineOptions) -> None:
         )
     if options.zero_stage not in (0, 1, 2, 3):
         raise ConfigError("deepspeed.zero_stage: must be 0, 1, 2 or 3.", got=options.zero_stage)
-    if options.pp > 1:
-        stage = options.zero_stage
-        reason = (
-            f"ZeRO-{stage} and pipelines exclude each other" if stage >= 2 else "the deepspeed engine has no pipeline"
-        )
-        raise ConfigError(
-            f"parallel.pp: {reason}.", got=f"pp {options.pp}", fix="Set parallel.pp to 1, or take engine=megatron."
-        )
+    refuse_zero_with(options.zero_stage, pp=options.pp, dtype=options.dtype)
     if options.cp > 1:
         raise ConfigError(
             "parallel.cp: the deepspeed engine has no context parallelism.",
             fix="Set parallel.cp to 1 or take engine=megatron.",
-        )
-    if options.dtype == "bf16" and options.zero_stage == 0:
-        raise ConfigError(
-            "deepspeed.zero_stage: ZeRO-0 in bf16 is refused: DeepSpeed 0.19.8 applies a phantom optimizer step there.",
-            fix="Set deepspeed.zero_stage to 1.",
         )
     if options.offload != "none" and options.zero_stage == 0:
         raise ConfigError(

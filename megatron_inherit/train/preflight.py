@@ -16,6 +16,7 @@ from megatron_inherit.arch.presets import preset
 from megatron_inherit.base.errors import ConfigError
 from megatron_inherit.checkpoint.detect import open_source
 from megatron_inherit.checkpoint.stream import Source
+from megatron_inherit.config.checks import refuse_long_warmup
 from megatron_inherit.config.schema import RunConfig
 from megatron_inherit.engines.base import EngineOptions
 from megatron_inherit.engines.check import check_batch, check_options
@@ -110,12 +111,7 @@ def plan_run(config: RunConfig, *, world_size: int | None = None) -> RunPlan:
             expected=f"at most {model.max_positions}",
         )
     schedule = schedule_of(config)
-    if schedule.warmup_steps > schedule.total_steps:
-        raise ConfigError(
-            "schedule.warmup_steps: longer than the run.",
-            got=schedule.warmup_steps,
-            expected=f"at most {schedule.total_steps}",
-        )
+    refuse_long_warmup(schedule.warmup_steps, schedule.total_steps)
     shared = options.sharing
     parameters = count_parameters(model) if shared is None else count_shared(model, shared.plan).unique
     return RunPlan(

@@ -15,10 +15,10 @@ from megatron_inherit.engines.check import check_batch, check_options
 LLAMA = preset("llama-tiny")  # 4 layers, 4 heads, 2 groups
 
 REFUSED = {
-    "zero2-pp": ("deepspeed", {"zero_stage": 2, "pp": 2}, "ZeRO-2 and pipelines exclude each other"),
-    "zero3-pp": ("deepspeed", {"zero_stage": 3, "pp": 2}, "ZeRO-3 and pipelines exclude each other"),
+    "zero2-pp": ("deepspeed", {"zero_stage": 2, "pp": 2}, "ZeRO-2/3 and pipelines exclude each other"),
+    "zero3-pp": ("deepspeed", {"zero_stage": 3, "pp": 2}, "ZeRO-2/3 and pipelines exclude each other"),
     "zero1-pp": ("deepspeed", {"zero_stage": 1, "pp": 2}, "engine=megatron"),
-    "zero0-bf16": ("deepspeed", {"zero_stage": 0, "dtype": "bf16"}, "deepspeed.zero_stage to 1"),
+    "zero0-bf16": ("deepspeed", {"zero_stage": 0, "dtype": "bf16"}, "deepspeed.zero_stage=1"),
     "zero4": ("deepspeed", {"zero_stage": 4}, "0, 1, 2 or 3"),
     "offload-zero0": ("deepspeed", {"zero_stage": 0, "offload": "optimizer"}, "needs ZeRO"),
     "offload-all-zero2": ("deepspeed", {"zero_stage": 2, "offload": "all"}, "it needs ZeRO-3"),
