@@ -48,11 +48,11 @@ if ! $dry_run && [ ! -e "$WORK/growth/student" ]; then
   exit 0
 fi
 
-step "Evaluate, export, report"
+step "Evaluate teacher and student, export, report"
+chosen=(--suite "$SUITE")
+[ -z "$TASKS" ] || chosen=(--tasks "$TASKS")
+for model in teacher student; do # kept in the run's folder, where the model card and the page find it
+  run minherit evaluate "$WORK/growth/$model" "${chosen[@]}" --data-dir "$TASK_DATA"
+done
 run minherit export "$WORK/growth/student" "$WORK/student" --overwrite
-if [ -n "$TASKS" ]; then
-  run minherit evaluate "$WORK/student" --tasks "$TASKS" --data-dir "$TASK_DATA" --out "$WORK/evaluation.json"
-else
-  run minherit evaluate "$WORK/student" --suite "$SUITE" --data-dir "$TASK_DATA" --out "$WORK/evaluation.json"
-fi
 run minherit report "$WORK/growth" --out "$WORK/report.html"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -37,8 +38,8 @@ def grow(
             typer.echo(line)
         return
     with Trainer(processes) as runs:
-        record = carry_out(plan, runs)
-    for line in _summary(plan, record):
+        carry_out(plan, runs)
+    for line in _summary(plan.folder):
         typer.echo(line)
 
 
@@ -64,31 +65,20 @@ def _forecast(plan: GrowthPlan) -> list[str]:
     return lines
 
 
-def _summary(plan: GrowthPlan, record: dict[str, Any]) -> list[str]:
+def _summary(folder: Path) -> list[str]:
     from megatron_inherit.cli.evaluate import aligned
+    from megatron_inherit.eval.growth_table import RECORD, read_growth
+    from megatron_inherit.study.grow import STUDENT
 
-    rows = [("teacher", record["teacher"]), ("control", record["control"])]
-    rows += [(f"round {row['round']}", row) for row in record["rounds"]]
-    table = [["", "blocks", "steps", "loss", "above the teacher", "matches"]]
-    for name, row in rows:
-        if row is not None:
-            matches = {True: "yes", False: "no"}.get(row.get("parity"), "")
-            gap = _pair(row["gap"], row["gap_stderr"]) if "gap" in row else ""
-            table.append([name, str(row["layers"]), str(row["steps"]), _pair(row["loss"], row["stderr"]), gap, matches])
-    return [*aligned(table), _verdict(plan, record)]
-
-
-def _verdict(plan: GrowthPlan, record: dict[str, Any]) -> str:
-    outcome, depth = record["outcome"], plan.rule.depth
-    if outcome["reason"] == "vacuous":
-        return "Vacuous: a random student does as well as the teacher, so nothing was grown."
-    vacuous = (record["control"] or {}).get("vacuous")
-    caution = " The question was vacuous: a random student does as well as the teacher." if vacuous else ""
-    if outcome["reason"] == "parity":
-        text = f"{outcome['layers']} of {depth} blocks match the teacher"
-    else:
-        text = f"No student matches the teacher, not even one of all {depth} blocks; the last one"
-    return f"{text}: {plan.folder / 'student'}.{caution}"
+    found = read_growth(folder / RECORD)
+    if found is None:
+        return []
+    table = [["", "blocks", "steps", "loss", "above the teacher", "decision"]]
+    for row in (found.teacher, *found.rows):
+        gap = "" if row.gap is None else _pair(row.gap, row.gap_stderr)
+        table.append([row.name, str(row.layers), str(row.steps), _pair(row.loss, row.stderr), gap, row.decision])
+    where = f": {folder / STUDENT}" if found.has_student else ""
+    return [*aligned(table), " ".join(filter(None, [f"{found.verdict}{where}.", found.caution]))]
 
 
 def _pair(value: float, error: float | None) -> str:

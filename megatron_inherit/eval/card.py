@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_inherit.base.atomic import write_bytes, write_text
 from megatron_inherit.base.errors import MissingExtraError
@@ -11,6 +13,7 @@ from megatron_inherit.base.quantities import format_count, format_seconds
 from megatron_inherit.eval.layer_map import map_of
 from megatron_inherit.eval.run_facts import Arm, arms_of
 from megatron_inherit.eval.runs import METRICS, Run, load_run
+from megatron_inherit.eval.task_table import last_scores
 
 UNTRAINED = "The weights were not trained after this step.\n"
 
@@ -57,13 +60,19 @@ def training_section(run: Run, *, curve: bool = False) -> str:
     ]
     lines += ["![loss](loss_curve.png)", ""] if curve else []
     for result in run.evaluations:
-        lines += ["## Tasks", "", "| task | metric | shots | items | value |", "|---|---|---|---|---|"]
-        for row in result.get("rows", ()):
-            error = f" ± {row['stderr']:.3f}" if row.get("stderr") is not None else ""
-            cells = (row["task"], row["metric"], row["shots"], row["items"], f"{row['value']:.3f}{error}")
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-        lines.append("")
+        lines += ["## Tasks", "", *_task_lines(result, ("task", "metric", "shots", "items")), ""]
+    if (scores := last_scores(run)) is not None:
+        lines += ["## Tasks, in training", "", *_task_lines(scores, ("task", "metric")), ""]
     return "\n".join(lines)
+
+
+def _task_lines(result: Mapping[str, Any], columns: Sequence[str]) -> list[str]:
+    lines = ["| " + " | ".join((*columns, "value")) + " |", "|---" * (len(columns) + 1) + "|"]
+    for row in result.get("rows", ()):
+        error = f" ± {row['stderr']:.3f}" if row.get("stderr") is not None else ""
+        cells = [*(str(row[column]) for column in columns), f"{row['value']:.3f}{error}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
 
 
 def _facts(run: Run, arm: Arm) -> list[tuple[str, str]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,10 +20,12 @@ from megatron_inherit.base.quantities import format_bytes, format_count, format_
 from megatron_inherit.eval import plots
 from megatron_inherit.eval.analysis_charts import Drawing, drawings_of
 from megatron_inherit.eval.groups import Group, group_runs
+from megatron_inherit.eval.growth_table import Growth, find_growths
 from megatron_inherit.eval.layer_map import LayerMap, map_of
+from megatron_inherit.eval.rerun import commands_of_folders, commands_of_run, recipe_text
 from megatron_inherit.eval.run_facts import Arm, Machine, arms_of_groups, machine_of
 from megatron_inherit.eval.runs import Run, find_runs, read_json
-from megatron_inherit.eval.task_table import task_tables
+from megatron_inherit.eval.task_table import TaskCurve, evaluations_of, task_curves, task_tables, training_scores_of
 
 MISSING = "\N{EN DASH}"
 LONG_BUDGETS = (10**9, 50 * 10**9)
@@ -63,7 +64,7 @@ def write_report(
     """Writes the page and, beside it under the same name, the picture.
 
     Args:
-        paths: Run folders and study folders.
+        paths: Folders of runs, studies and growths.
         out: The HTML file.
         title: Heading; default made of the runs.
         price: Money for one device-hour, for the cost lines; without it only device-hours are given.
@@ -75,7 +76,7 @@ def write_report(
 
     Raises:
         UsageError: A path is neither run nor study, or ``out`` is a picture.
-        DataError: A JSON file is missing, or of another kind.
+        DataError: A JSON file is missing, or of another kind; a file of a run is damaged.
         MissingExtraError: matplotlib is not installed.
     """
     runs = find_runs(paths)
@@ -88,7 +89,16 @@ def write_report(
     analysed = [_given(path, "analyze", drawings_of) for path in analyses]
     evaluated = [_given(path, "evaluate", lambda value: "checkpoint" in value) for path in evaluations]
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, render(runs, title=title, price=price, analyses=analysed, evaluations=evaluated))
+    page = render(
+        runs,
+        title=title,
+        price=price,
+        analyses=analysed,
+        evaluations=evaluated,
+        growths=find_growths(paths),
+        again=commands_of_folders(paths),
+    )
+    write_text(out, page)
     write_bytes(picture, picture_of(runs))
     return out, picture
 
@@ -110,6 +120,8 @@ def render(
     price: float | None = None,
     analyses: Sequence[Mapping[str, Any]] = (),
     evaluations: Sequence[Mapping[str, Any]] = (),
+    growths: Sequence[Growth] = (),
+    again: Sequence[tuple[str, str]] = (),
 ) -> str:
     """Gives the page's HTML; nothing in it is fetched from elsewhere."""
     groups = group_runs(runs)
@@ -135,19 +147,28 @@ def render(
         "maps": maps,
         "map_key": [(state, words) for state, words in MAP_KEY if any(drawing.has(state) for *_, drawing in maps)],
         "best": best,
-        "charts": [*_loss_charts(students, teacher), *_sweep_chart([arm for arm in arms if not arm.is_teacher])],
+        "growths": [(growth, _growth_chart(growth)) for growth in growths],
+        "charts": [
+            *_loss_charts(students, teacher),
+            *([] if growths else _sweep_chart([arm for arm in arms if not arm.is_teacher])),
+        ],
         "tasks": task_tables(
             [(Path(result["checkpoint"]).name, result) for result in evaluations]
-            + [(run.label, result) for run in runs for result in run.evaluations]
+            + [(group.label, result) for group in groups for result in evaluations_of(group)]
         ),
+        "training_tasks": task_tables(
+            [(group.label, result) for group in groups for result in training_scores_of(group)]
+        ),
+        "task_charts": [_task_chart(name, curves) for name, curves in task_curves(groups).items()],
         "analyses": [_drawn(drawing) for analysis in analyses for drawing in drawings_of(analysis)],
         "machines": _machines(runs),
         "formula": MFU_FORMULAS.get(arms[0].mfu_formula, arms[0].mfu_formula),
         "price": price,
         "paced": paced.label,
         "costs": [(budget, _cost(paced, budget, price)) for budget in LONG_BUDGETS],
-        "commands": [(group.label, *_commands(group.runs[0])) for group in groups],
-        "recipes": [(group.label, _recipe_text(group.runs[0])) for group in groups if group.runs[0].recipe],
+        "whole": again,
+        "commands": [(group.label, *commands_of_run(group.runs[0])) for group in groups],
+        "recipes": [(group.label, recipe_text(group.runs[0])) for group in groups if group.runs[0].recipe],
     }
     return _environment().get_template("report.html.j2").render(page)
 
@@ -197,7 +218,7 @@ def _environment() -> jinja2.Environment:
         "size": format_bytes,
         "number": _number,
         "percent": lambda value: MISSING if value is None else f"{100 * value:.1f}%",
-        "signed": lambda value: MISSING if value is None else f"{value:+.3f}".replace("-", "\N{MINUS SIGN}"),
+        "signed": _signed,
     }
     return environment
 
@@ -206,6 +227,10 @@ def _number(value: float | None, digits: int = 3) -> str:
     if value is None:
         return MISSING
     return f"{value:.{digits}f}" if math.isfinite(value) and abs(value) < 1e5 else f"{value:.2e}"
+
+
+def _signed(value: float | None, digits: int = 3) -> str:
+    return MISSING if value is None else f"{value:+.{digits}f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _plus_minus(value: float | None, error: float | None) -> str:
@@ -283,6 +308,24 @@ def _sweep_chart(arms: Sequence[Arm]) -> list[Chart]:
     return [_chart("Depth", note, plots.points, groups, xlabel="blocks of the student", ylabel="loss (nats)")]
 
 
+def _growth_chart(growth: Growth) -> Chart | None:
+    """Each round's loss above the teacher's, and the bar."""
+    points = [(row.layers, row.gap, row.gap_stderr) for row in growth.rounds if row.gap is not None]
+    if not points:
+        return None
+    note = (
+        "Validation loss less the teacher's, window by window; bars: one standard error. At or below the line it ends."
+    )
+    bar = (f"tolerance {growth.tolerance:g}", growth.tolerance)
+    axes = {"xlabel": "blocks of the student", "ylabel": "loss above the teacher's (nats)"}
+    return _chart(f"Rounds of {growth.name}", note, plots.points, {"student": points}, reference=bar, **axes)
+
+
+def _task_chart(name: str, curves: Sequence[TaskCurve]) -> Chart:
+    drawn = [plots.Curve(curve.label, curve.tokens, curve.values, curve.errors) for curve in curves]
+    return _chart(name, "", plots.loss_curves, drawn, ylabel=name.rpartition("/")[2])
+
+
 def _chart(title: str, note: str, draw: Callable[..., Any], *args: Any, **options: Any) -> Chart:
     return _drawn(Drawing(title.lower(), title, note, functools.partial(draw, *args, **options)))
 
@@ -309,18 +352,3 @@ def _cost(arm: Arm, budget: int, price: float | None) -> tuple[float, float | No
         return None
     hours = budget / arm.tokens_per_second / 3600 * arm.devices
     return hours, None if price is None else hours * price
-
-
-def _commands(run: Run) -> tuple[str, str, str]:
-    """When and how a run was started; how it is made again in a new folder, the old being done; that under SLURM."""
-    program, _, words = str(run.environment.get("command") or "").partition(" ")
-    made = f"{run.environment.get('date') or ''}  {Path(program).name} {words}" if program else ""
-    recipe = shlex.quote(str(run.path / "run.yaml"))
-    again = f"minherit train {recipe} run.output={shlex.quote(str(run.path))}-again"
-    cluster = f"minherit launch slurm {recipe} --nodes 4 --gpus-per-node 8 --output {shlex.quote(str(run.path))}-slurm"
-    return made.strip(), again, cluster
-
-
-def _recipe_text(run: Run) -> str:
-    path = run.path / "run.yaml"
-    return path.read_text() if path.is_file() else ""

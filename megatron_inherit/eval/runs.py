@@ -29,6 +29,7 @@ class Run:
         environment: environment.json.
         train: Rows of kind ``train``, one a step, ascending.
         evals: Rows of kind ``eval``, ascending.
+        tasks: Rows of kind ``tasks``, ascending: scores on the way, by ``TASK/METRIC``.
         exit_status: exit_status.json, empty while the run goes on.
     """
 
@@ -38,6 +39,7 @@ class Run:
     environment: Row = field(default_factory=dict)
     train: Sequence[Row] = ()
     evals: Sequence[Row] = ()
+    tasks: Sequence[Row] = ()
     exit_status: Row = field(default_factory=dict)
 
     @property
@@ -134,6 +136,7 @@ def load_run(path: Path, label: str = "") -> Run:
         environment=read_json(path / "environment.json"),
         train=_of_kind(rows, "train"),
         evals=_of_kind(rows, "eval"),
+        tasks=_of_kind(rows, "tasks"),
         exit_status=read_json(path / "exit_status.json"),
     )
 

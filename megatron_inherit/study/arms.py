@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -34,13 +35,15 @@ from megatron_inherit.base.errors import (
 )
 from megatron_inherit.base.log import get_logger
 from megatron_inherit.checkpoint.detect import open_source
-from megatron_inherit.config.load import flatten, to_yaml
+from megatron_inherit.config.load import build_config, flatten, to_yaml
 from megatron_inherit.config.schema import RunConfig
+from megatron_inherit.eval.repair import fit_repair
+from megatron_inherit.eval.repaired_plan import apply_repair, describe
 from megatron_inherit.eval.runs import METRICS, Run, load_run, read_json
 from megatron_inherit.inherit.inheritune import plan_inheritance
 from megatron_inherit.plan.execute import RECORD, execute
 from megatron_inherit.study.layers import resolve
-from megatron_inherit.study.schema import CutSection
+from megatron_inherit.study.schema import CutSection, RepairSection
 from megatron_inherit.study.width import cut_width
 from megatron_inherit.train.run_folder import RunLock
 from megatron_inherit.train.schedule import total_steps
@@ -83,6 +86,7 @@ def make_start(
     as_published: bool = False,
     seed: int = 0,
     cut: CutSection | None = None,
+    repair: RepairSection | None = None,
 ) -> Path:
     """Writes what an arm starts from; a folder that is there already is left as it is.
 
@@ -94,9 +98,11 @@ def make_start(
         as_published: Copies what the released Inheritune scripts copy.
         seed: Of fresh values.
         cut: Shares of the width that are kept.
+        repair: Fits to make before it is written.
 
     Raises:
         ConfigError: The folder holds another start.
+        UsageError: Blocks or repairs are not understood.
     """
     asked = {
         "layers": layers if isinstance(layers, str) else list(layers),
@@ -104,7 +110,7 @@ def make_start(
         "as_published": as_published,
         "seed": seed,
         "cut": None if cut is None else cut.model_dump(),
-    }
+    } | ({} if repair is None else {"repair": repair.model_dump()})
     if (folder / RECORD).is_file():
         found = read_json(folder / RECORD).get("start")
         if found != asked:
@@ -112,12 +118,19 @@ def make_start(
         return folder
     source = open_source(teacher)
     with contextlib.closing(source):
-        chosen = resolve(layers, teacher, source.config.num_layers) if isinstance(layers, str) else layers
+        chosen = resolve(layers, teacher, source.config.num_layers) if isinstance(layers, str) else tuple(layers)
+        fitted = None if repair is None else fit_repair(teacher, chosen, repair.methods, text=repair.text)
+        chosen = chosen if fitted is None else fitted.layers
         plan = plan_inheritance(source, layers=chosen, reset=reset, as_published=as_published, seed=seed)
         if cut is not None:
             plan = cut_width(plan, source, cut)
+        record: dict[str, Any] = {"as_published": as_published, "start": asked}
         folder.parent.mkdir(parents=True, exist_ok=True)
-        execute(plan, folder, source=source, record={"as_published": as_published, "start": asked})
+        with tempfile.TemporaryDirectory(prefix="minherit-") as scratch:
+            if repair is not None and fitted is not None:
+                plan = apply_repair(plan, fitted, Path(scratch, "repair.safetensors"))
+                record["repair"] = describe(fitted, repair.methods)
+            execute(plan, folder, source=source, record=record)
     return folder
 
 
@@ -188,11 +201,7 @@ class Trainer:
         environment = dict(os.environ)
         if devices is not None:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
-        command = [sys.executable, "-c", _CHILD, *self._module(), "train", str(folder / RECIPE)]
-        with (folder / CONSOLE).open("ab") as console:
-            self._running[folder] = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT, env=environment
-            )
+        self._running[folder] = self._launch(folder, environment)
 
     def is_over(self, config: RunConfig) -> bool:
         """Tells whether a run that was begun has ended.
@@ -230,6 +239,13 @@ class Trainer:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def _launch(self, folder: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", _CHILD, *self._module(), "train", str(folder / RECIPE)]
+        with (folder / CONSOLE).open("ab") as console:
+            return subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT, env=environment
+            )
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.stop()
 
@@ -259,7 +275,8 @@ def _refuse_other(config: RunConfig, folder: Path) -> None:
     path = folder / RECIPE
     if not path.is_file() or not (folder / METRICS).is_file():
         return
-    before, now = (flatten(yaml.safe_load(text) or {}) for text in (path.read_text(), to_yaml(config)))
+    before = flatten(with_defaults(yaml.safe_load(path.read_text()) or {}))
+    now = flatten(config.model_dump(mode="json"))
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) == now.get(key) or key.startswith(_WITHOUT_EFFECT):
             continue
@@ -270,6 +287,14 @@ def _refuse_other(config: RunConfig, folder: Path) -> None:
                 expected=now.get(key),
                 fix="Choose another folder, or delete that one.",
             )
+
+
+def with_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Gives a recipe that an earlier version wrote the keys that came later, with their defaults."""
+    try:
+        return build_config(recipe, where="an earlier run").model_dump(mode="json")
+    except ConfigError:
+        return recipe
 
 
 def _from_run(values: Mapping[str, Any], key: str) -> str | None:

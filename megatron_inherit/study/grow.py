@@ -22,6 +22,7 @@ from megatron_inherit.base.log import get_logger
 from megatron_inherit.checkpoint.detect import open_source
 from megatron_inherit.config.load import flatten, to_yaml
 from megatron_inherit.config.schema import RunConfig
+from megatron_inherit.eval.growth_table import RECORD
 from megatron_inherit.eval.runs import Run, read_json
 from megatron_inherit.eval.val_loss import difference_stderr
 from megatron_inherit.inherit.assemble import assemble
@@ -30,13 +31,13 @@ from megatron_inherit.inherit.inheritune import plan_inheritance
 from megatron_inherit.plan.execute import RECORD as INHERITED
 from megatron_inherit.plan.execute import execute
 from megatron_inherit.plan.plan import describe_layers
-from megatron_inherit.study.arms import make_start
+from megatron_inherit.study.arms import make_start, with_defaults
 from megatron_inherit.study.growth_recipes import CONTROL, START, GrowthPlan
 from megatron_inherit.train.run_folder import is_held, locked, make_writable
 
 logger = get_logger(__name__)
 
-RECORD, STUDENT, RECIPE = "grow.json", "student", "grow.yaml"
+STUDENT, RECIPE = "student", "grow.yaml"
 VERSION = 1
 Row = dict[str, Any]
 
@@ -323,7 +324,7 @@ def _wait_until_free(folder: Path) -> None:
 
 
 def _refuse_other(before: Row, now: Row, folder: Path) -> None:
-    old, new = flatten(before), flatten(now)
+    old, new = flatten(with_defaults(before)), flatten(now)
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and not key.startswith(_FREE):
             raise ConfigError(

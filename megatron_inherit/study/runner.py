@@ -196,6 +196,7 @@ def start_of(study: Study, job: Job) -> Path | None:
             as_published=arm.init == "as-published",
             seed=job.seed,
             cut=arm.cut,
+            repair=arm.repair,
         )
     except UsageError as error:
         raise ConfigError(f"arm {arm.name}: {error.what}", got=error.got, expected=error.expected) from error

@@ -67,6 +67,18 @@ class CutSection(Section):
     by: Literal["activation", "first"] = "activation"
 
 
+class RepairSection(Section):
+    """What is refitted in a cut before it is trained, in closed form.
+
+    Attributes:
+        methods: Words of ``minherit inherit --repair``.
+        text: File or folder of text to fit on; default Python's language reference.
+    """
+
+    methods: Text
+    text: Text | None = None
+
+
 class ArmSection(Section):
     """One line of a study.
 
@@ -78,6 +90,7 @@ class ArmSection(Section):
         origin: An earlier arm whose result is taken instead of the teacher.
         reset: Roles drawn anew.
         cut: A narrower student.
+        repair: Refits what follows the cut.
         model: ``model`` section of a random model that is no part of the teacher.
         residual: False trains without residual connections.
         steps: Optimizer steps; default the recipe's.
@@ -90,6 +103,7 @@ class ArmSection(Section):
     origin: Name = TEACHER
     reset: Annotated[tuple[RoleName, ...], BeforeValidator(listed)] = ()
     cut: CutSection | None = None
+    repair: RepairSection | None = None
     model: dict[str, Any] | None = None
     residual: bool = True
     steps: Positive | None = None
@@ -103,6 +117,11 @@ class ArmSection(Section):
             raise ConfigError(f"arm {self.name}: a model section is drawn at random.", fix="Set init: random.")
         if self.init == "random" and (self.reset or self.cut):
             raise ConfigError(f"arm {self.name}: nothing of a random model is reset or cut.")
+        if self.repair is not None and (self.init != "inherit" or self.reset or self.cut):
+            raise ConfigError(
+                f"arm {self.name}: a repair is fitted to whole, inherited blocks.",
+                fix="Leave out reset, cut and init, or repair.",
+            )
         return self
 
 

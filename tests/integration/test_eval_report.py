@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import yaml
 pytest.importorskip("matplotlib", reason="needs matplotlib")
 
 from megatron_inherit.cli.main import main
+from tests.support.growth_record import write_growth
 from tests.support.run_folders import write_run
 
 
@@ -103,6 +105,68 @@ def test_seeds_of_an_arm_are_one_line_and_one_curve(tmp_path):
     assert "one standard error over the seeds" in page
 
 
+def score(folder, **tasks):
+    """Adds scores on the way to a run, and a suite's results with published ones beside them."""
+    with (folder / "metrics.jsonl").open("a") as file:
+        for step, share in ((30, 0.5), (60, 1.0)):
+            scores = {f"{name}/acc": share * value for name, value in tasks.items()}
+            errors = {f"{name}/acc_stderr": 0.01 for name in tasks}
+            file.write(json.dumps({"kind": "tasks", "step": step, "tokens": 512 * step, **scores, **errors}) + "\n")
+    rows = [
+        {"task": name, "metric": "acc", "shots": 0, "items": 100, "value": value, "stderr": 0.05}
+        | {"published": {"OpenLLaMA <3B>": [0.75, 0.011]}}
+        for name, value in tasks.items()
+    ]
+    (folder / "evaluations").mkdir()
+    suite = {"checkpoint": str(folder), "suite": "inheritune", "published_names": ["OpenLLaMA <3B>"], "rows": rows}
+    (folder / "evaluations" / "inheritune.json").write_text(json.dumps(suite))
+
+
+def test_tasks_are_shown_with_their_errors_beside_published_ones(study, tmp_path):
+    score(study / "inherit", piqa=0.625, boolq=0.5)
+    out = tmp_path / "report.html"
+    assert main(["report", str(study), "--out", str(out)]) == 0
+    page = out.read_text()
+    assert "Tasks: suite inheritune" in page
+    assert "<td>0.625 <small>± 0.050</small></td><td>0.750 <small>± 0.011</small></td>" in page
+    assert "OpenLLaMA &lt;3B&gt;" in page
+    training = page[page.index("Tasks in training") :]
+    assert "<td>0.625 <small>± 0.010</small></td>" in training
+    assert training.index("piqa/acc") < training.index("boolq/acc"), "a figure a task"
+
+
+def test_a_growth_shows_each_decision(tmp_path):
+    write_growth(tmp_path / "growth")
+    out = tmp_path / "report.html"
+    assert main(["report", str(tmp_path / "growth"), "--out", str(out)]) == 0
+    page = out.read_text()
+    assert "<b>6 of 8 blocks match the teacher.</b>" in page
+    row = re.search(r'<th scope="row">round 1</th>.*?</tr>', page, re.DOTALL)[0]
+    cells = [re.sub(r"<[^>]*>", "", cell) for cell in re.findall(r"<td.*?</td>", row)]
+    assert cells[:6] == [
+        "4 0-3",
+        "1.280 ± 0.020",
+        "1.200 ± 0.020",
+        "+0.0800 ± 0.0040",
+        "does not match: grow to 6",
+        "60",
+    ]
+    assert "matches: stop <small>(close)</small>" in page
+    assert "tolerance 0.02" in page, "the bar in the figure"
+    assert "grow.json" in page
+    assert f"minherit grow {tmp_path}/growth/grow.yaml run.output={tmp_path}/growth-again" in page
+
+
+def test_a_study_is_run_again_as_a_whole(study, tmp_path):
+    (study / "notes.yaml").write_text("a: [1, 2]\n")
+    (study / "mine.yaml").write_text(yaml.safe_dump({"name": "mine", "question": "Why?", "recipe": {}, "arms": []}))
+    out = tmp_path / "report.html"
+    assert main(["report", str(study), "--out", str(out)]) == 0
+    page = out.read_text()
+    assert f"minherit study run {study}/mine.yaml --out {study}-again" in page
+    assert "notes.yaml" not in page
+
+
 def test_no_run_is_a_usage_error(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
     assert "neither a run nor a study" in capsys.readouterr().err
@@ -120,6 +184,8 @@ def browser():
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_real_browser_shows_the_page_without_sideways_scrolling(study, tmp_path, width):
+    score(study / "inherit", **{f"task_number_{number}": 0.1 * number for number in range(1, 6)})
+    write_growth(study / "growth")
     import numpy as np
     from matplotlib.image import imread
 
@@ -144,8 +210,6 @@ def test_a_real_browser_shows_the_page_without_sideways_scrolling(study, tmp_pat
 
 
 def test_a_teacher_among_the_runs_is_a_line_and_its_students_keep_their_colours(tmp_path):
-    import json
-
     root = tmp_path / "runs" / "study"
     write_run(root / "a-teacher", final=2.0, layers=8)
     config = {"num_layers": 8}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -91,5 +92,7 @@ def test_a_smoke_run_grows_a_student(name, tmp_path):
     assert growth["rounds"][0]["layers"] == 2
     assert growth["outcome"]["reason"] in ("parity", "all blocks")
     assert json.loads((tmp_path / "work" / "student" / "config.json").read_text())["n_layer"] in (2, 4)
-    assert json.loads((tmp_path / "work" / "evaluation.json").read_text())["rows"]
-    assert (tmp_path / "work" / "report.html").exists()
+    page, card = (tmp_path / "work" / name for name in ("report.html", "student/README.md"))
+    assert "<h2>Growth</h2>" in page.read_text()
+    assert re.search(r"<th>round-\d+-n\d+</th><th>teacher</th>", page.read_text()), "both are scored"
+    assert "| lambada_openai | acc | 0 | 16 |" in card.read_text()

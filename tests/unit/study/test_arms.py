@@ -6,10 +6,13 @@ import sys
 import time
 
 import pytest
+import yaml
 
 from megatron_inherit.base.errors import ConfigError, PreemptedError
-from megatron_inherit.config.load import load_recipe
+from megatron_inherit.config.load import load_recipe, to_yaml
 from megatron_inherit.study.arms import Trainer, is_finished, make_start
+from tests.support import forked_world
+from tests.support.forked_trainer import ForkedTrainer
 from tests.support.tiny_run import curve, recipe, status, write_corpus
 
 pytest.importorskip("megatron.core")
@@ -17,13 +20,14 @@ pytest.importorskip("megatron.core")
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
+    forked_world.preload()
     return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.mark.slow
 def test_an_arm_from_start_to_rows_and_back_again(tmp_path, corpus):
     teacher = load_recipe(recipe(tmp_path / "teacher", corpus))
-    with Trainer() as trainer:
+    with ForkedTrainer() as trainer:
         trainer.train(teacher)
         start = make_start(teacher.run.output, tmp_path / "start", layers="first:1")
         stamp = (start / "inherit.json").stat().st_mtime_ns
@@ -49,12 +53,12 @@ def test_an_arm_from_start_to_rows_and_back_again(tmp_path, corpus):
 @pytest.mark.slow
 def test_killed_and_resumed_gives_the_same_rows(tmp_path, corpus):
     whole = load_recipe(recipe(tmp_path / "whole", corpus))
-    with Trainer() as trainer:
+    with ForkedTrainer() as trainer:
         trainer.train(whole)
     path = recipe(tmp_path / "killed", corpus)
     code = (
         "import sys\n"
-        "from megatron_inherit.config.load import load_recipe\n"
+        "from megatron_inherit.config.load import load_recipe, to_yaml\n"
         "from megatron_inherit.study.arms import Trainer\n"
         "with Trainer() as trainer: trainer.train(load_recipe(sys.argv[1]))"
     )
@@ -73,7 +77,7 @@ def test_killed_and_resumed_gives_the_same_rows(tmp_path, corpus):
 @pytest.mark.slow
 def test_a_run_that_fails_says_why_with_its_exit_code(tmp_path, corpus):
     path = recipe(tmp_path / "bad", corpus, data={"path": str(tmp_path / "nowhere")})
-    with Trainer() as trainer, pytest.raises(Exception, match="nowhere") as caught:
+    with ForkedTrainer() as trainer, pytest.raises(Exception, match="nowhere") as caught:
         trainer.train(load_recipe(path))
     assert caught.value.exit_code == 4
 
@@ -85,3 +89,23 @@ def test_a_stopped_trainer_begins_nothing(tmp_path, corpus):
     with pytest.raises(PreemptedError):
         trainer.train(load_recipe(recipe(tmp_path / "late", corpus)))
     assert not list((tmp_path / "late/run").glob("*.yaml"))
+
+
+def test_a_run_of_a_version_with_fewer_keys_is_still_the_same_run(tmp_path):
+    config = load_recipe(recipe(tmp_path, tmp_path / "corpus"))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("")
+    values = yaml.safe_load(to_yaml(config))
+    del values["deepspeed"], values["eval"]["every_steps"]
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(ConfigError, match=r"eval\.every_steps differs"):
+        is_finished(config)
+    del values["schedule"]["decay_shape"]
+    values["eval"]["every_steps"] = config.eval.every_steps
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    assert not is_finished(config)
+    values["a_key_of_the_past"] = 1
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(ConfigError, match="a_key_of_the_past differs"):
+        is_finished(config)

@@ -1,0 +1,75 @@
+"""A study's trainer whose runs are forked from this process, so that the imports are paid once."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_inherit.study.arms import CONSOLE, RECIPE, Trainer
+
+PR_SET_PDEATHSIG = 1
+
+
+class ForkedProcess:
+    """What the trainer uses of ``subprocess.Popen``."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid, self.code = pid, None
+
+    def poll(self) -> int | None:
+        """Gives the exit code, or None while it runs."""
+        if self.code is None:
+            done, status = os.waitpid(self.pid, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if done else None
+        return self.code
+
+    def wait(self) -> int:
+        """Waits for the end."""
+        while self.poll() is None:
+            time.sleep(0.02)
+        return self.code
+
+    def terminate(self) -> None:
+        """Asks it to save and end."""
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGTERM)
+
+
+class ForkedTrainer(Trainer):
+    """A Trainer in all but how a process is made; its runs too are asked to save when this process dies."""
+
+    def _launch(self, folder: Path, environment: Mapping[str, str]) -> ForkedProcess:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if pid:
+            return ForkedProcess(pid)
+        code = 99
+        try:
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+            console = os.open(folder / CONSOLE, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            for number in (1, 2):
+                os.dup2(console, number)
+            sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+            sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+            os.environ.clear()
+            os.environ.update(environment)
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                signal.signal(number, signal.SIG_DFL)
+            from megatron_inherit.cli.main import main
+
+            code = main(["train", str(folder / RECIPE)])
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            with contextlib.suppress(Exception):
+                sys.stderr.flush()
+                sys.stdout.flush()
+            os._exit(code)
