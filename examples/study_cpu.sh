@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A study on one CPU core, whole: text -> tokens -> subsets and evaluation windows -> every arm -> table, claims, curves.
 # Run it again to go on after an interruption; studies of the same folder share their teacher and equal arms.
-#   bash examples/study_cpu.sh [initialisation-cpu|layers-cpu|depth-cpu|baselines-cpu|repetition-cpu|rewarming-cpu]
+#   bash examples/study_cpu.sh [initialisation-cpu|layers-cpu|depth-cpu|baselines-cpu|repetition-cpu|rewarming-cpu|repair-cpu]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -21,6 +21,7 @@ if [ ! -e "$data/valid.safetensors" ]; then
   done
   minherit data windows "$data/subset" --out "$data/valid.safetensors" --count 256 --sequence-length 64
 fi
+[ -e "$data/calibration.jsonl" ] || python examples/training_text.py "$data/subset" "$data/calibration.jsonl"
 
 minherit study run "$study" --dry-run
 minherit study run "$study"

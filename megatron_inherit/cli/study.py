@@ -74,16 +74,17 @@ def _print(found: Findings) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from megatron_inherit.study.compare import cells, header
+    from megatron_inherit.study.compare import table_of
 
     console = Console(width=None if sys.stdout.isatty() else 140)
     section = found.study.section
     console.print(f"[bold]{section.name}[/bold]: {section.question}")
     if found.teacher is not None and found.teacher.final is not None:
         console.print(f"teacher: {found.teacher.final['loss']:.3f} ± {found.teacher.final['stderr']:.3f} (windows)")
-    table = Table(*header())
-    for line in found.lines:
-        table.add_row(*cells(line))
+    header, lines = table_of(found)
+    table = Table(*header)
+    for line in lines:
+        table.add_row(*line)
     console.print(table)
     console.print(
         f"Losses in nats a token, mean over seeds {', '.join(map(str, section.seeds))}; gaps to {section.control!r}, "

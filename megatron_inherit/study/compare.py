@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_inherit.base.errors import DataError, UsageError
+from megatron_inherit.base.quantities import format_count
 from megatron_inherit.eval.groups import Estimate, Group, Sooner, gap, require_same_windows, sooner
 from megatron_inherit.eval.runs import METRICS, Run, load_run, read_json
 from megatron_inherit.study.arms import is_finished
@@ -179,19 +180,25 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return file.getvalue()
 
 
-def header() -> list[str]:
-    """Names the columns of ``cells``."""
+def table_of(found: Findings) -> tuple[list[str], list[list[str]]]:
+    """Gives the columns' names and the lines as text; parameters are a column where the arms differ in them."""
     marks = [f"{100 * mark:g}%" for mark in MARKS]
-    return ["arm", "blocks", "steps", "start", *marks, "final", "± windows", "± seeds", "gap", "± gap", "sooner"]
+    head = ["arm", "blocks", "steps", "parameters", "start", *marks]
+    head += ["final", "± windows", "± seeds", "gap", "± gap", "sooner"]
+    lines = [_cells(line) for line in found.lines]
+    if len({line.parameters for line in found.lines}) > 1:
+        return head, lines
+    place = head.index("parameters")
+    return head[:place] + head[place + 1 :], [cells[:place] + cells[place + 1 :] for cells in lines]
 
 
-def cells(line: Line) -> list[str]:
-    """Gives a line of the table as text."""
+def _cells(line: Line) -> list[str]:
     difference = line.gap
     return [
         line.arm,
         "" if line.layers is None else ",".join(map(str, line.layers)),
         str(line.steps),
+        "" if line.parameters is None else format_count(line.parameters),
         f"{line.start:.3f}",
         *(f"{loss:.3f}" for loss in line.marks),
         f"{line.final.mean:.3f}",

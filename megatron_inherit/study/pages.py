@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_inherit.eval import plots
-from megatron_inherit.study.compare import Findings, cells, header
+from megatron_inherit.study.compare import Findings, table_of
 
 
 def picture(found: Findings) -> bytes:
@@ -20,7 +20,7 @@ def picture(found: Findings) -> bytes:
 
 def markdown(found: Findings) -> str:
     """Writes the table of arms and, where there are claims, the table of claims."""
-    parts = [_table(header(), [cells(line) for line in found.lines])]
+    parts = [_table(*table_of(found))]
     if found.verdicts:
         rows = [
             [

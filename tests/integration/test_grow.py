@@ -22,6 +22,8 @@ from tests.support import forked_world, tiny_run
 pytestmark = pytest.mark.slow
 USEFUL, DEPTH = 2, 4
 """Blocks of the planted teacher that do something, and all of its blocks."""
+ALIGNED = {"distill.hidden_weight": 1.0, "distill.hidden_kind": "cosine", "distill.alpha": 0.5}
+"""What students are trained with whose blocks are to be patched."""
 
 
 class ForkedRuns:
@@ -164,7 +166,7 @@ def test_patching_scores_ever_more_of_the_teacher_without_training(tmp_path, cor
         mode="patch",
         start=2,
         control=False,
-        student={"distill.hidden_weight": 1.0, "distill.hidden_kind": "cosine", "distill.alpha": 0.5},
+        student=ALIGNED,
     )
     ended = grow(tmp_path, path)
     assert ended.codes == [0], ended.text
@@ -196,22 +198,24 @@ def test_a_question_without_an_answer_is_said(tmp_path, corpus):
     assert "The question was vacuous" in ended.text
 
 
-def trained(folder, corpus):
+def trained(folder, corpus, mode="restart"):
     """A recipe in which everything is trained, and students so fast that they never match their teacher."""
+    student = {"optimizer.lr": 0.1} | (ALIGNED if mode == "patch" else {})
     return tiny_run.recipe(
         folder,
         corpus,
-        model={"shape": {"num_layers": 3, "hidden_size": 32, "head_dim": 8, "ffn_size": 64}},
+        model={"shape": {"num_layers": 4 if mode == "patch" else 3, "hidden_size": 32, "head_dim": 8, "ffn_size": 64}},
         train={"steps": 8},
         checkpoint={"every_steps": 4},
         eval={"every_steps": 8},
         grow={
+            "mode": mode,
             "start": 2,
             "increment": 1,
             "tolerance": 0.0,
             "margin": 0.0,
             "when_vacuous": "continue",
-            "student": {"optimizer.lr": 0.1},
+            "student": student,
         },
     )
 
@@ -224,9 +228,13 @@ def decisions(run):
 
 
 def weights(run):
-    """Hashes of every run's last checkpoint."""
-    folders = [folder.parent for folder in run.glob("*/checkpoints") if not folder.parent.is_symlink()]
-    return {folder.name: tiny_run.saved_hashes(folder, 8) for folder in folders}
+    """Hashes of every run's last checkpoint, and of what every student started from."""
+    folders = [folder for folder in run.iterdir() if folder.is_dir() and not folder.is_symlink()]
+    trained = [folder for folder in folders if list(folder.glob("checkpoints/step_*"))]
+    starts = [path for folder in folders for path in folder.glob("start/model.safetensors")]
+    return {folder.name: tiny_run.saved_hashes(folder, 8) for folder in trained} | {
+        str(path.parent.relative_to(run)): path.read_bytes() for path in starts
+    }
 
 
 @pytest.fixture(scope="module")
@@ -236,13 +244,14 @@ def reference(tmp_path_factory, corpus):
     ended = grow(folder, trained(folder, corpus))
     assert ended.codes == [0], ended.text
     assert [row["layers"] for row in record(folder / "run")["rounds"]] == [2, 3]
+    runs = {"teacher", "control", "round-01-n02", "round-02-n03"}
+    assert set(weights(folder / "run")) == runs | {f"{name}/start" for name in runs - {"teacher"}}
     return folder / "run"
 
 
 def same(run, reference):
     assert decisions(run) == decisions(reference)
     assert weights(run) == weights(reference)
-    assert set(weights(run)) == {"teacher", "control", "round-01-n02", "round-02-n03"}
 
 
 @pytest.mark.parametrize(
@@ -260,6 +269,32 @@ def test_killed_anywhere_it_comes_to_the_same_decisions_and_weights(tmp_path, co
     ended = grow(tmp_path, path)
     assert ended.codes == [0], ended.text
     same(tmp_path / "run", reference)
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("mode", "fault", "fault_of_run"),
+    [
+        ("continue", "round_started:0:2", {}),
+        ("continue", "", {"round-02-n03": "after_step:0:6:kill"}),
+        ("patch", "round_started:0:2", {}),
+        ("patch", "before_record:0:2", {}),
+    ],
+)
+def test_killed_in_its_second_round_every_mode_comes_to_the_same(tmp_path, corpus, mode, fault, fault_of_run):
+    whole = tmp_path / "whole"
+    ended = grow(whole, trained(whole, corpus, mode))
+    assert ended.codes == [0], ended.text
+    rows = record(whole / "run")["rounds"]
+    assert [row["layers"] for row in rows] == ([2, 3] if mode == "continue" else [2, 3, 4])
+    assert [row["trained"] for row in rows] == ([True, True] if mode == "continue" else [True, False, False])
+    path = trained(tmp_path / "killed", corpus, mode)
+    ended = grow(tmp_path / "killed", path, fault=f"{fault}:kill" if fault else "", fault_of_run=fault_of_run)
+    assert ended.codes == [-signal.SIGKILL]
+    assert len(record(tmp_path / "killed" / "run")["rounds"]) == 1, "in the second round"
+    ended = grow(tmp_path / "killed", path)
+    assert ended.codes == [0], ended.text
+    same(tmp_path / "killed" / "run", whole / "run")
 
 
 def test_a_finished_growth_is_told_again_and_another_recipe_is_refused(tmp_path, corpus, reference):

@@ -5,8 +5,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +13,8 @@ import yaml
 
 from megatron_inherit.cli.main import main
 from megatron_inherit.study import runner
+from tests.support import forked_world
+from tests.support.forked_trainer import ForkedTrainer
 from tests.support.tiny_run import recipe, write_corpus
 
 pytest.importorskip("megatron.core")
@@ -23,6 +23,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
+    forked_world.preload("megatron_inherit.study.runner", "megatron_inherit.cli.study")
     return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
@@ -49,9 +50,21 @@ def write_study(folder, corpus, **changes):
     return path
 
 
-def run_in_process(path, **environment):
-    words = [sys.executable, "-m", "megatron_inherit", "study", "run", str(path)]
-    return subprocess.Popen(words, env={**os.environ, **environment}, stderr=subprocess.PIPE, text=True)
+def begin(path, groups=None):
+    """Runs ``minherit study run`` in a process of its own, on some groups of devices."""
+
+    def work():
+        runner.Trainer = ForkedTrainer
+        if groups is not None:
+            runner.device_groups = lambda processes: groups
+        return main(["study", "run", str(path)])
+
+    return forked_world.World(path.parent / "console", 1, work, {})
+
+
+def run(path, groups=None):
+    ended = begin(path, groups).wait()
+    assert ended.codes == [0], ended.text
 
 
 def figures(folder):
@@ -61,21 +74,21 @@ def figures(folder):
     return [[row[place] for place in kept] for row in rows]
 
 
-def test_killed_in_an_arm_and_resumed_it_gives_the_same_table(tmp_path, corpus, capsys, monkeypatch):
+def test_killed_in_an_arm_and_resumed_it_gives_the_same_table(tmp_path, corpus, capsys):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         write_study(folder, corpus)
-    assert main(["study", "run", str(whole / "toy.yaml")]) == 0
+    run(whole / "toy.yaml")
     shutil.copytree(whole / "out/teacher", killed / "out/teacher")
     arm = killed / "out/arms/all/seed1"
-    process = run_in_process(killed / "toy.yaml")
-    while not list(arm.glob("checkpoints/step_*/manifest.json")) and process.poll() is None:
+    world = begin(killed / "toy.yaml")
+    deadline = time.monotonic() + 100
+    while not list(arm.glob("checkpoints/step_*/manifest.json")) and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    os.kill(world.pids[0], signal.SIGKILL)
+    assert world.wait().codes == [-signal.SIGKILL]
     assert not (killed / "out/arms/random/seed1/metrics.jsonl").exists(), "it was to die in the first arm"
-    monkeypatch.setattr(runner, "device_groups", lambda processes: [(0,), (1,)])  # both arms at a time
-    assert main(["study", "run", str(killed / "toy.yaml")]) == 0
+    run(killed / "toy.yaml", groups=[(0,), (1,)])  # both arms at a time
     for folder in (whole, killed):
         assert main(["study", "show", str(folder / "out")]) == 0
     assert figures(killed / "out") == figures(whole / "out")
@@ -89,7 +102,7 @@ def test_killed_in_an_arm_and_resumed_it_gives_the_same_table(tmp_path, corpus, 
     assert value["missing"] == []
     assert value["lines"][0]["gap"]["mean"] < 0
     stamps = [path.stat().st_mtime_ns for path in (whole / "out").rglob("metrics.jsonl")]
-    assert main(["study", "run", str(whole / "toy.yaml")]) == 0
+    run(whole / "toy.yaml")
     assert [path.stat().st_mtime_ns for path in (whole / "out").rglob("metrics.jsonl")] == stamps, "ran again"
     _another_study_is_not_taken_for_this_one(whole, corpus, capsys)
 

@@ -1,8 +1,11 @@
 """Claims are judged by the figures."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from megatron_inherit.study.compare import judge
+from megatron_inherit.eval.groups import Estimate, Sooner
+from megatron_inherit.study.compare import Line, judge, table_of
 from megatron_inherit.study.schema import ClaimSection
 
 
@@ -40,3 +43,24 @@ def test_a_claim_holds_or_not(claim, gains, holds):
     found = judge(ClaimSection(**{"id": "C", "says": "x", "lower": "good", "higher": "bad"} | claim), ARMS)
     assert found.gains == pytest.approx(gains)
     assert found.holds == holds
+
+
+def line(arm, parameters, gap=None):
+    final = Estimate(2.0, 0.03, None)
+    sooner = None if gap is None else Sooner(2.0, at_least=True)
+    return Line(arm, (0, 1), (1, 2), 400, parameters, 5.0, (4.0, 3.0), final, gap, sooner, is_control=gap is None)
+
+
+def test_parameters_are_a_column_where_arms_differ_in_them():
+    gap = Estimate(-0.5, 0.01, 0.02)
+    head, (first, second) = table_of(SimpleNamespace(lines=(line("all", 442368), line("wide", 884736, gap))))
+    assert dict(zip(head, second, strict=True))["parameters"] == "885k"
+    assert len(first) == len(head)
+    head, (_, second) = table_of(SimpleNamespace(lines=(line("all", 442368), line("same", 442368, gap))))
+    assert "parameters" not in head
+    row = dict(zip(head, second, strict=True))
+    assert row == {
+        "arm": "same", "blocks": "0,1", "steps": "400", "start": "5.000", "2.5%": "4.000", "25%": "3.000",
+        "final": "2.000", "± windows": "0.030", "± seeds": "-", "gap": "-0.500", "± gap": "0.010 / 0.020",
+        "sooner": "≥2.0x",
+    }  # fmt: skip

@@ -12,7 +12,11 @@ from megatron_inherit.study.schema import SHIPPED, load_study
 
 ROOT = Path(__file__).resolve().parents[3]
 ROWS = ROOT / "benchmarks" / "results"
-PAGES = {"initialisation.md": "study_initialisation.csv", "layer-choice.md": "study_layers.csv"}
+PAGES = {
+    "initialisation.md": "study_initialisation.csv",
+    "layer-choice.md": "study_layers.csv",
+    "rewarming.md": "study_rewarming.csv",
+}
 
 
 def table_of(page):
