@@ -25,7 +25,7 @@ from megatron_inherit.inherit.card import model_card
 from megatron_inherit.plan.execute import Transfer, execute, plan_sink
 from megatron_inherit.plan.link import execute_linked, links_of
 from megatron_inherit.plan.ops import Copy, Init
-from megatron_inherit.plan.plan import TransferPlan, count_kinds, describe_layers
+from megatron_inherit.plan.plan import TransferPlan, count_kinds, describe_blocks, describe_layers
 
 
 def run_transfer(
@@ -68,22 +68,23 @@ def run_transfer(
         texts["README.md"] = model_card(plan, command=command_line(), note=note)
     details = {"command": command_line(), "note": note, **(record or {})}
     if zero_copy and source is not None:
-        linked = execute_linked(plan, folder, source=source, overwrite=overwrite, texts=texts, record=details)
-        typer.echo(_json(_facts(plan, output, source) | _outcome(linked)) if as_json else _last_line(linked))
-        return
-    with progress_bar(plan.weight_bytes, quiet=as_json) as advance:
-        done = execute(
-            plan,
-            folder,
-            source=source,
-            overwrite=overwrite,
-            threads=threads,
-            texts=texts,
-            record=details,
-            progress=advance,
-            resume=resume,
-        )
-    typer.echo(_json(_facts(plan, output, source) | _outcome(done)) if as_json else _last_line(done))
+        done = execute_linked(plan, folder, source=source, overwrite=overwrite, texts=texts, record=details)
+    else:
+        with progress_bar(plan.weight_bytes, quiet=as_json) as advance:
+            done = execute(
+                plan,
+                folder,
+                source=source,
+                overwrite=overwrite,
+                threads=threads,
+                texts=texts,
+                record=details,
+                progress=advance,
+                resume=resume,
+            )
+    size = done.bytes_written if output.linked else output.written
+    last = f"{done.folder}: {format_bytes(size)} in {format_seconds(done.seconds)}"
+    typer.echo(_json(_facts(plan, output, source) | _outcome(done)) if as_json else last)
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,8 @@ def _line_every(seconds: float, total: int) -> Callable[[int], None]:
 
 def _summary(plan: TransferPlan, output: _Output, source: Source | None) -> list[str]:
     lines = [plan.title[0].upper() + plan.title[1:]]
-    if plan.layer_map is not None and plan.origin is not None:
-        lines.append(f"  blocks   {describe_layers(range(len(plan.layer_map)))} <- {describe_layers(plan.layer_map)}")
+    if (blocks := describe_blocks(plan)) is not None:
+        lines.append("  {}   {}".format(*blocks))
     lines.append("  ops      " + ", ".join(f"{count} {kind}" for kind, count in count_kinds(plan.ops).items()))
     if plan.dropped:
         lines.append(f"  dropped  {len(plan.dropped)} tensors of the source")
@@ -173,9 +174,22 @@ def _files(output: _Output) -> str:
 def _lines(plan: TransferPlan, output: _Output, source: Source | None) -> list[str]:
     width = max(len(op.target) for op in plan.ops)
     lines = [f"{op.target:<{width}}  {op.dtype:<4} {list(op.shape)!s:<16} {op.describe()}" for op in plan.ops]
-    lines += [f"{name:<{width}}  dropped: {reason}" for name, reason in plan.dropped.items()]
+    lines += [f"{what:<{width}}  dropped: {reason}" for what, reason in _dropped(plan)]
     lines += [f"{file:<{width}}  {size:,} bytes" for file, size in output.files.items()]
     return [*lines, *_summary(plan, output, source)]
+
+
+def _dropped(plan: TransferPlan) -> Iterator[tuple[str, str]]:
+    """Yields what is left out and why; the tensors of blocks that go for the same reason are one entry."""
+    blocks: dict[str, list[int]] = {}
+    for name, reason in plan.dropped.items():
+        parts = name.rpartition(":")[2].split(".")
+        if parts[0] == "layers":
+            blocks.setdefault(reason, []).append(int(parts[1]))
+        else:
+            yield name, reason
+    for reason, found in blocks.items():
+        yield f"{len(found)} tensors of blocks {describe_layers(sorted(set(found)))}", reason
 
 
 def _bytes_to_read(plan: TransferPlan, source: Source | None) -> int:
@@ -208,7 +222,3 @@ def _outcome(done: Transfer) -> dict[str, Any]:
 
 def _json(value: Any) -> str:
     return json.dumps(value, indent=2)
-
-
-def _last_line(done: Transfer) -> str:
-    return f"{done.folder}: {format_bytes(done.bytes_written)} in {format_seconds(done.seconds)}"

@@ -67,6 +67,10 @@ def open_stream(path: str | Path, split: str, *, vocab_size: int | None = None, 
     path = Path(path)
     kind = require_kind(path, "tokens", "subset")
     if kind is None:
+        if not path.exists() and not bin_path(path).exists():
+            raise DataError(
+                f"{path} does not exist.", fix="Give a folder of tokens, a subset, or a prefix of .bin/.idx."
+            )
         _only_all(path, split)
         return _open_prefix(path, None if verify == "none" else vocab_size)
     if kind == "subset":

@@ -50,7 +50,7 @@ class Journal:
 
 @contextlib.contextmanager
 def resumable_folder(path: Path) -> Iterator[Path]:
-    """Yields a folder beside ``path`` that stays when the block fails and becomes ``path`` when it ends well."""
+    """Yields a folder beside ``path`` that becomes ``path`` when the block ends well; what it holds stays otherwise."""
     folder = path.with_name(f"{path.name}{TEMPORARY_MARK}resume")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -59,6 +59,9 @@ def resumable_folder(path: Path) -> Iterator[Path]:
         put_in_place(folder, path)
     except OSError as error:
         raise disk_error(error, path) from error
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def clear(folder: Path) -> None:

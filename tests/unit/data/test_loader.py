@@ -146,6 +146,8 @@ def test_a_bare_prefix_has_no_splits(tmp_path: Path) -> None:
     prefix = write_tokens(tmp_path / "data", random_documents(10))
     with pytest.raises(DataError, match="has no split 'train'"):
         open_loader(LoaderOptions(str(prefix), 8))
+    with pytest.raises(DataError, match="nowhere does not exist"):
+        open_loader(LoaderOptions(str(tmp_path / "nowhere"), 8))
 
 
 def test_order_rows_tell_what_batches_read(tmp_path: Path) -> None:

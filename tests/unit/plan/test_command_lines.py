@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,27 @@ def test_export_takes_the_newest_step_of_a_run(run_folder, arrays, tmp_path):
     assert main(["export", str(run_folder / "checkpoints" / "step_00000010"), str(tmp_path / "old")]) == 0
     with open_source(tmp_path / "old") as source:
         assert np.array_equal(source.read("embed.weight").array(), 2 * arrays["embed.weight"])
+
+
+def test_a_run_is_inspected_and_converted_in_plain_words(run_folder, tmp_path, capsys):
+    assert main(["inspect", str(run_folder)]) == 0
+    assert capsys.readouterr().out.split()[:2] == ["format", "native"]
+    assert main(["convert", str(run_folder), str(tmp_path / "u"), "--format", "ds_universal", "--dry-run"]) == 0
+    predicted = re.search(r"writes +[\d,]+ bytes \((.*)\)", capsys.readouterr().out)[1]
+    assert main(["convert", str(run_folder), str(tmp_path / "u"), "--format", "ds_universal"]) == 0
+    assert f"{tmp_path / 'u'}: {predicted} in" in capsys.readouterr().out
+
+
+def test_a_dry_run_names_blocks_that_are_left_out_once(teacher, tmp_path, capsys):
+    assert (
+        main(["inherit", str(teacher), str(tmp_path / "s"), "--layers", "2,0", "--reset", "final_norm", "--dry-run"])
+        == 0
+    )
+    left_out = [line for line in capsys.readouterr().out.splitlines() if "dropped:" in line]
+    assert [" ".join(line.split()) for line in left_out] == [
+        "final_norm.weight dropped: reset",
+        "18 tensors of blocks 1, 3 dropped: layer not chosen",
+    ]
 
 
 def test_export_refuses_a_damaged_checkpoint(run_folder, tmp_path, capsys):

@@ -210,10 +210,11 @@ def test_full_disk_is_exit_7_and_leaves_the_teacher_alone(teacher, tmp_path, mon
     assert [path.name for path in tmp_path.iterdir()] == (["s.tmp-resume"] if resume else [])
 
 
-def test_space_is_checked_before_anything_is_written(teacher, tmp_path, monkeypatch):
+@pytest.mark.parametrize("resume", [False, True])
+def test_space_is_checked_before_anything_is_written(teacher, tmp_path, monkeypatch, resume):
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
     with open_source(teacher) as source, pytest.raises(DiskError, match="Not enough space"):
-        execute(plan_conversion(source), tmp_path / "s", source=source)
+        execute(plan_conversion(source), tmp_path / "s", source=source, resume=resume)
     assert not list(tmp_path.iterdir())
 
 
