@@ -1,16 +1,19 @@
 """TensorBoard, Weights & Biases, trackio and MLflow behind ``log(values, step)``; nothing is sent unless asked to be.
 
 wandb runs offline unless ``WANDB_MODE`` says otherwise; MLflow writes files into the run's folder unless
-``MLFLOW_TRACKING_URI`` is set; trackio keeps its own local database.
+``MLFLOW_TRACKING_URI`` is set; trackio keeps its own local database. What each calls the run stands in
+``loggers.json`` of its folder, so that a run that goes on goes on there too.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from megatron_inherit.base.atomic import write_json
 from megatron_inherit.base.errors import MissingExtraError
 from megatron_inherit.base.log import get_logger
 from megatron_inherit.base.optional import require
@@ -18,11 +21,31 @@ from megatron_inherit.train.metrics import MetricsLogger
 
 logger = get_logger(__name__)
 
+RUN_IDS = "loggers.json"
+
+
+class RunLogger(MetricsLogger, Protocol):
+    """A logger of one run; ``run_id`` is what it calls the run, empty where the folder says it all."""
+
+    run_id: str
+
+
+class OpenLogger(Protocol):
+    """Opens a logger; ``run_id`` is empty for a new run."""
+
+    def __call__(
+        self, folder: Path, *, project: str, name: str, config: Mapping[str, Any], run_id: str = ""
+    ) -> RunLogger:
+        """Raises whatever the logger's package raises, for a run that is not there any more too."""
+        ...
+
 
 class TensorBoard:
     """Event files in ``tensorboard/`` of the run."""
 
-    def __init__(self, folder: Path, project: str, name: str, config: Mapping[str, Any]) -> None:
+    run_id = ""
+
+    def __init__(self, folder: Path, *, project: str, name: str, config: Mapping[str, Any], run_id: str = "") -> None:
         require("tensorboard", "logging.loggers=tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
@@ -39,12 +62,14 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of wandb in ``wandb/`` of the run."""
+    """A run of wandb in ``wandb/`` of the run; offline each session is a folder there, all of one id."""
 
-    def __init__(self, folder: Path, project: str, name: str, config: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, *, project: str, name: str, config: Mapping[str, Any], run_id: str = "") -> None:
         wandb = require("wandb", "logging.loggers=wandb")
+        more = {"id": run_id, "resume": "allow"} if run_id else {}
         mode = os.environ.get("WANDB_MODE", "offline")
-        self._run = wandb.init(project=project, name=name, dir=str(folder), config=dict(config), mode=mode)
+        self._run = wandb.init(project=project, name=name, dir=str(folder), config=dict(config), mode=mode, **more)
+        self.run_id: str = self._run.id
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Writes scalars."""
@@ -56,11 +81,18 @@ class Wandb:
 
 
 class Trackio:
-    """A run of trackio's local dashboard."""
+    """A run of trackio's local dashboard.
 
-    def __init__(self, folder: Path, project: str, name: str, config: Mapping[str, Any]) -> None:
+    trackio finds a run by its name, the newest of several; where that is another one, a new run is begun.
+    """
+
+    def __init__(self, folder: Path, *, project: str, name: str, config: Mapping[str, Any], run_id: str = "") -> None:
         self._trackio = require("trackio", "logging.loggers=trackio")
-        self._trackio.init(project=project, name=name, config=dict(config), embed=False)
+        resume = "must" if run_id else "never"
+        run = self._trackio.init(project=project, name=name, config=dict(config), resume=resume, embed=False)
+        self.run_id: str = run.id
+        if run_id and run.id != run_id:
+            raise LookupError(f"another run of {project} was named {name} since")
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Writes scalars."""
@@ -78,13 +110,13 @@ class MLflow:
     meant. ``mlflow ui --backend-store-uri RUN/mlruns`` of the full package shows them.
     """
 
-    def __init__(self, folder: Path, project: str, name: str, config: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, *, project: str, name: str, config: Mapping[str, Any], run_id: str = "") -> None:
         self._mlflow = require("mlflow", "logging.loggers=mlflow")
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
         place = os.environ.get("MLFLOW_TRACKING_URI") or (folder.absolute() / "mlruns").as_uri()
         self._mlflow.set_tracking_uri(place)
         self._mlflow.set_experiment(project)
-        self._mlflow.start_run(run_name=name)
+        self.run_id: str = self._mlflow.start_run(run_id=run_id or None, run_name=name).info.run_id
         self._mlflow.log_dict(dict(config), "run.json")
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -96,7 +128,7 @@ class MLflow:
         self._mlflow.end_run()
 
 
-LOGGERS: Mapping[str, Callable[[Path, str, str, Mapping[str, Any]], MetricsLogger]] = {
+LOGGERS: Mapping[str, OpenLogger] = {
     "tensorboard": TensorBoard,
     "wandb": Wandb,
     "trackio": Trackio,
@@ -105,7 +137,13 @@ LOGGERS: Mapping[str, Callable[[Path, str, str, Mapping[str, Any]], MetricsLogge
 
 
 def open_loggers(
-    names: tuple[str, ...], folder: Path, *, project: str, run: str, config: Mapping[str, Any]
+    names: tuple[str, ...],
+    folder: Path,
+    *,
+    project: str,
+    run: str,
+    config: Mapping[str, Any],
+    resumed: bool = False,
 ) -> dict[str, MetricsLogger]:
     """Opens loggers by name; one that fails to open is told of and left out.
 
@@ -115,16 +153,43 @@ def open_loggers(
         project: What the run is filed under.
         run: The run's name.
         config: The resolved recipe.
+        resumed: The run goes on, in the runs that it had; one that is gone is begun anew.
 
     Raises:
         MissingExtraError: A logger's package is not installed.
     """
-    opened = {}
+    known = _read_ids(folder / RUN_IDS) if resumed else {}
+    opened: dict[str, MetricsLogger] = {}
+    ids = dict(known)
     for name in names:
+        found = _open(name, folder, project, run, config, known.get(name, ""))
+        if found is not None:
+            opened[name] = found
+            ids[name] = found.run_id
+    if names:
+        write_json(folder / RUN_IDS, {name: run_id for name, run_id in ids.items() if run_id})
+    return opened
+
+
+def _open(name: str, folder: Path, project: str, run: str, config: Mapping[str, Any], run_id: str) -> RunLogger | None:
+    for wanted in (run_id, "") if run_id else ("",):
         try:
-            opened[name] = LOGGERS[name](folder, project, run, config)
+            return LOGGERS[name](folder, project=project, name=run, config=config, run_id=wanted)
         except MissingExtraError:
             raise
         except Exception as error:
-            logger.warning("The logger %s cannot be opened and is left out: %s: %s", name, type(error).__name__, error)
-    return opened
+            what = (
+                f"cannot go on with its run {wanted} and begins a new one"
+                if wanted
+                else "cannot be opened and is left out"
+            )
+            logger.warning("The logger %s %s: %s: %s", name, what, type(error).__name__, error)
+    return None
+
+
+def _read_ids(path: Path) -> dict[str, str]:
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return {str(name): str(run_id) for name, run_id in value.items()} if isinstance(value, dict) else {}

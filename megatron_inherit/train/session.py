@@ -285,7 +285,12 @@ def _metrics(plan: RunPlan, rank: int) -> MetricsLog:
         return MetricsLog(None)
     section, recipe = plan.config.logging, plan.config.model_dump(mode="json")
     loggers = open_loggers(
-        section.loggers, plan.output, project=section.project, run=plan.config.run.name, config=recipe
+        section.loggers,
+        plan.output,
+        project=section.project,
+        run=plan.config.run.name,
+        config=recipe,
+        resumed=bool(list_steps(plan.output / "checkpoints")),
     )
     return MetricsLog(plan.output, loggers)
 

@@ -4,6 +4,7 @@ import math
 import re
 import resource
 import sqlite3
+import struct
 import time
 
 import pytest
@@ -112,37 +113,96 @@ def test_tensorboard_writes_an_event_file(tmp_path):
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(3, 1.0)]
 
 
-def wandb_loss(folder):
-    (record,) = folder.glob("wandb/offline-run-*/run-*.wandb")
-    deadline = time.monotonic() + 60
-    while b"train/loss" not in record.read_bytes() and time.monotonic() < deadline:
-        time.sleep(0.1)  # wandb's own process writes it, a little after the run has ended
-    return b"train/loss" in record.read_bytes()
+def wandb_runs(folder):
+    """Run id -> losses by step, of wandb's records: a header of seven bytes, and one before each protocol buffer."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found = {}
+    for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
+        data, at = path.read_bytes(), 7
+        while at + 7 <= len(data):
+            _, length, kind = struct.unpack_from("<IHB", data, at)
+            assert kind == 1, "a record beyond the first block of 32 KiB"
+            row = Record.FromString(data[at + 7 : at + 7 + length])
+            values = {item.key or item.nested_key[0]: item.value_json for item in row.history.item}
+            if "train/loss" in values:
+                steps = found.setdefault(path.stem.removeprefix("run-"), {})
+                steps[row.history.step.num] = float(values["train/loss"])
+            at += 7 + length
+    return found
 
 
-def trackio_loss(folder):
-    with contextlib.closing(sqlite3.connect(folder / "trackio" / "p.db")) as base:
-        return json.loads(base.execute("select metrics from metrics").fetchone()[0])["train/loss"] == 1.5
+def trackio_runs(folder):
+    from trackio.sqlite_storage import SQLiteStorage
+
+    with contextlib.closing(sqlite3.connect(SQLiteStorage.get_project_db_path(folder.name))) as base:
+        rows = base.execute("select run_id, step, metrics from metrics").fetchall()
+    found = {}
+    for run, step, metrics in rows:
+        found.setdefault(run, {})[step] = json.loads(metrics)["train/loss"]
+    return found
 
 
-def mlflow_loss(folder):
-    (record,) = folder.glob("mlruns/*/*/metrics/train/loss")
-    _, value, step = record.read_text().split()
-    return (float(value), int(step)) == (1.5, 3)
+def mlflow_runs(folder):
+    found = {}
+    for record in folder.glob("mlruns/*/*/metrics/train/loss"):
+        lines = [line.split() for line in record.read_text().splitlines()]
+        found[record.parents[2].name] = {int(step): float(value) for _, value, step in lines}
+    return found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["wandb", "trackio", "mlflow"])
-def test_the_other_loggers_keep_numbers_offline(tmp_path, monkeypatch, name):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when trackio is imported
+RUNS = {"wandb": wandb_runs, "trackio": trackio_runs, "mlflow": mlflow_runs}
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """Gives what opens a logger, logs one loss and closes it again."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read once, when trackio is imported
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for variable in ("WANDB_MODE", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(variable, raising=False)
-    pytest.importorskip(name)
-    loggers = open_loggers((name,), tmp_path, project="p", run="r", config={"a": {"b": [1]}})
-    loggers[name].log({"train/loss": 1.5}, 3)
-    loggers[name].close()
-    assert {"wandb": wandb_loss, "trackio": trackio_loss, "mlflow": mlflow_loss}[name](tmp_path)
+
+    def log(name, step, *, resumed=False):
+        pytest.importorskip(name)
+        about = {"project": tmp_path.name, "run": "r", "config": {"a": {"b": [1]}}}
+        loggers = open_loggers((name,), tmp_path, **about, resumed=resumed)
+        loggers[name].log({"train/loss": step / 2}, step)
+        loggers[name].close()
+
+    return log
+
+
+def settled(read, folder, losses):
+    """Waits for what a logger's own process writes."""
+    deadline = time.monotonic() + 60
+    while sum(map(len, read(folder).values())) < losses and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return read(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(RUNS))
+def test_a_run_that_goes_on_goes_on_in_its_loggers_and_a_new_one_does_not(tmp_path, offline, name):
+    offline(name, 3)
+    offline(name, 5, resumed=True)
+    (run,) = settled(RUNS[name], tmp_path, 2).items()
+    assert run[1] == {3: 1.5, 5: 2.5}
+    assert json.loads((tmp_path / "loggers.json").read_text()) == {name: run[0]}
+    offline(name, 4)
+    found = settled(RUNS[name], tmp_path, 3)
+    assert len(found) == 2
+    assert found[run[0]] == run[1]
+    assert json.loads((tmp_path / "loggers.json").read_text())[name] in found.keys() - {run[0]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["trackio", "mlflow"])
+def test_a_run_that_a_logger_has_lost_is_begun_anew(tmp_path, offline, name, caplog):
+    offline(name, 3)
+    (tmp_path / "loggers.json").write_text(json.dumps({name: "f" * 32}))
+    offline(name, 5, resumed=True)
+    assert f"The logger {name} cannot go on with its run ffff" in caplog.text
+    assert sorted(settled(RUNS[name], tmp_path, 2).values(), key=str) == [{3: 1.5}, {5: 2.5}]
 
 
 @pytest.mark.slow
@@ -157,10 +217,10 @@ def test_a_logger_that_cannot_be_opened_is_left_out_whatever_it_raises(tmp_path,
     class Refused(Exception):
         pass
 
-    def refuse(*_):
+    def refuse(*_, **__):
         raise Refused("no such project")
 
-    def missing(*_):
+    def missing(*_, **__):
         require("a_package_that_nobody_has", "logging.loggers=wandb")
 
     monkeypatch.setattr("megatron_inherit.train.loggers.LOGGERS", {"trackio": refuse, "wandb": missing})
