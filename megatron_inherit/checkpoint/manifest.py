@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from megatron_inherit.base.errors import CheckpointError
@@ -24,6 +25,7 @@ NAME = "manifest.json"
 TILE_BYTES = 1 << 20
 LARGE_TILE_BYTES = 1 << 23
 """Of tensors that are stored transposed or far away: its runs are (tile / columns) long, and each costs a call."""
+_TURNED_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -39,24 +41,39 @@ class TensorHash:
         return {"dtype": self.dtype, "shape": list(self.shape), "xxh3": self.xxh3}
 
 
-def row_tiles(stored: StoredTensor, *others: StoredTensor) -> Iterator[tuple[Shape, Shape]]:
+def row_tiles(stored: StoredTensor, *others: StoredTensor, transposed_bytes: int = 0) -> Iterator[tuple[Shape, Shape]]:
     """Cuts a tensor into boxes of whole canonical rows that are cheap to move.
 
     Args:
         stored: The tensor.
         others: Where it goes or what it is compared with; their layouts count too.
+        transposed_bytes: Size of a box where one of them is stored transposed; default ``LARGE_TILE_BYTES``.
 
     Yields:
         (start, shape), in row-major order.
     """
     rows, rest = stored.shape[0], stored.shape[1:]
     row_bytes = max(1, stored.nbytes // rows)
-    large = any(is_transposed(one.pieces) for one in (stored, *others)) or any(map(is_remote, stored.files))
-    limit = LARGE_TILE_BYTES if large else TILE_BYTES
+    limit = LARGE_TILE_BYTES if any(map(is_remote, stored.files)) else TILE_BYTES
+    if any(is_transposed(one.pieces) for one in (stored, *others)):
+        limit = transposed_bytes or LARGE_TILE_BYTES
     tiles = -(-rows // max(1, limit // row_bytes))
     step = -(-rows // tiles)  # equal tiles: the last one of a transposed tensor has no shorter runs than the others
     for first in range(0, rows, step):
         yield (first, *(0,) * len(rest)), (min(step, rows - first), *rest)
+
+
+def turned_rows(values: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Yields the rows of a box in row-major order: all at once, or a few at a time where they have to be turned.
+
+    Yields:
+        (number of the first row, rows).
+    """
+    step = len(values)
+    if not values.flags.c_contiguous:
+        step = max(1, _TURNED_BYTES * len(values) // max(1, values.nbytes))
+    for first in range(0, len(values), step):
+        yield first, row_major(values[first : first + step])
 
 
 def hash_tensor(source: Source, key: str) -> TensorHash:
@@ -64,8 +81,8 @@ def hash_tensor(source: Source, key: str) -> TensorHash:
     stored = source.find(key)
     digest = xxhash.xxh3_128()
     for start, shape in row_tiles(stored):
-        values = read_box(source.pool, stored, start, shape)
-        digest.update(row_major(values).data)
+        for _, rows in turned_rows(read_box(source.pool, stored, start, shape)):
+            digest.update(rows.data)
     return TensorHash(stored.dtype, stored.shape, digest.hexdigest())
 
 

@@ -185,6 +185,7 @@ def _move(
         ops={op.target: op for op in plan.ops},
         pool=pool,
         progress=progress or (lambda _: None),
+        threads=threads,
     )
 
     def run(number: int, op: Op) -> TensorHash | None:

@@ -17,8 +17,8 @@ from megatron_inherit.checkpoint.dtypes import CARRIERS, cast
 from megatron_inherit.checkpoint.extents import Shape
 from megatron_inherit.checkpoint.files import FilePool
 from megatron_inherit.checkpoint.formats.safetensors_file import read_header
-from megatron_inherit.checkpoint.gather import empty_box, row_major, scatter
-from megatron_inherit.checkpoint.manifest import TILE_BYTES, TensorHash, row_tiles
+from megatron_inherit.checkpoint.gather import empty_box, is_transposed, scatter
+from megatron_inherit.checkpoint.manifest import TILE_BYTES, TensorHash, row_tiles, turned_rows
 from megatron_inherit.checkpoint.packing import SCALES, pack, quantise_rows, values_of
 from megatron_inherit.checkpoint.stream import Source, StoredTensor, dense_tensor, read_box
 from megatron_inherit.plan.functions import apply
@@ -27,6 +27,9 @@ from megatron_inherit.plan.ops import Compute, Copy, File, Init, Op, Tie
 
 Tile = tuple[Shape, np.ndarray]
 """(first index, values in the carrier type of the target)."""
+
+TRANSPOSED_BYTES = 96 << 20
+"""Of all threads together, what a copy holds of tensors that are stored transposed: the more, the longer the runs."""
 
 Progress = Callable[[int], None]
 """Called with the bytes that were written since the last call, from any thread."""
@@ -43,6 +46,7 @@ class Mover:
         ops: The operations by target.
         pool: Where the output's files are opened.
         progress: Told of the bytes written.
+        threads: How many run operations at once.
     """
 
     source: Source | None
@@ -51,6 +55,7 @@ class Mover:
     ops: Mapping[str, Op]
     pool: FilePool
     progress: Progress
+    threads: int = 1
     _buffers: threading.local = dataclasses.field(default_factory=threading.local)
 
     def run(self, op: Op) -> TensorHash:
@@ -58,10 +63,14 @@ class Mover:
         target, scales = self.targets[op.target], self.targets.get(f"{SCALES}{op.target}")
         if scales is not None:
             return self._pack(op, target, scales)
-        digest = xxhash.xxh3_128()
+        digest, as_stored = xxhash.xxh3_128(), is_transposed(target.pieces)
         for start, values in self._tiles(op, target):
-            digest.update(row_major(values).data)
-            scatter(self.pool, target.pieces, start, values)
+            for first, rows in turned_rows(values):
+                digest.update(rows.data)
+                if not as_stored:
+                    scatter(self.pool, target.pieces, (start[0] + first, *start[1:]), rows)
+            if as_stored:
+                scatter(self.pool, target.pieces, start, values)
             self.progress(values.nbytes)
         return TensorHash(op.dtype, op.shape, digest.hexdigest())
 
@@ -96,7 +105,8 @@ class Mover:
         if op.box is not None:
             yield from self._copy_box(op, stored, op.box)
             return
-        for start, shape in row_tiles(stored, target):
+        wide = TRANSPOSED_BYTES // self.threads if op.dtype == stored.dtype else 0
+        for start, shape in row_tiles(stored, target, transposed_bytes=wide):
             values = read_box(self._source().pool, stored, start, shape, self._buffer(stored, shape))
             yield start, cast(values, stored.dtype, op.dtype)
 

@@ -18,6 +18,7 @@ from megatron_inherit.checkpoint.detect import open_source
 from megatron_inherit.checkpoint.dtypes import cast
 from megatron_inherit.checkpoint.gather import row_major
 from megatron_inherit.inherit.inheritune import fresh_op, plan_fresh, plan_inheritance
+from megatron_inherit.plan import movement
 from megatron_inherit.plan.convert import plan_conversion
 from megatron_inherit.plan.execute import execute
 from megatron_inherit.plan.init import draw
@@ -146,19 +147,21 @@ def test_source_bytes_are_read_once(teacher, tmp_path):
 
 
 def test_gpt2_transposes_survive_tiles(tmp_path, monkeypatch):
-    monkeypatch.setattr(manifest, "LARGE_TILE_BYTES", 4000)
+    monkeypatch.setattr(movement, "TRANSPOSED_BYTES", 8000)
     monkeypatch.setattr(manifest, "TILE_BYTES", 2000)
     arrays = random_arrays(gpt2())
     folder = write_checkpoint(tmp_path / "t", gpt2(), arrays, "hf")
     with open_source(folder) as source:
         assert_equal(run(plan_conversion(source), tmp_path / "s", source=source), arrays)
+        monkeypatch.setattr(manifest, "LARGE_TILE_BYTES", 4000)
+        monkeypatch.setattr(manifest, "_TURNED_BYTES", 1000)
         with open_source(tmp_path / "s") as other:
             assert compare(source, other) == []
 
 
 def test_transposed_tensors_are_read_once_and_moved_in_long_runs(tmp_path, monkeypatch):
     """A tile holds a stripe of every stored row; neither the gaps between stripes nor an element twice is read."""
-    monkeypatch.setattr(manifest, "LARGE_TILE_BYTES", 1 << 19)
+    monkeypatch.setattr(movement, "TRANSPOSED_BYTES", 1 << 20)
     config = gpt2(num_layers=1, hidden_size=256, num_heads=8, num_kv_heads=8, head_dim=32, ffn_size=1024)
     arrays = random_arrays(config)
     folder = write_checkpoint(tmp_path / "t", config, arrays, "hf")
