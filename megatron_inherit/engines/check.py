@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import TYPE_CHECKING
+
 from megatron_inherit.arch.model_config import ModelConfig
 from megatron_inherit.base.errors import ConfigError
 from megatron_inherit.config.checks import refuse_zero_with
 from megatron_inherit.engines.base import EngineKind, EngineOptions
 from megatron_inherit.sharing.options import Sharing
+from megatron_inherit.sharing.partition import Partition
 from megatron_inherit.sharing.stage_plan import require_cover
+
+if TYPE_CHECKING:
+    from megatron_inherit.sharing.regularise import SoftTie
 
 
 def check_options(kind: EngineKind, options: EngineOptions, config: ModelConfig, *, world_size: int) -> None:
@@ -25,7 +32,7 @@ def check_options(kind: EngineKind, options: EngineOptions, config: ModelConfig,
     else:
         _check_stages(options, options.sharing, config)
     if options.soft_tie is not None:
-        require_cover(options.soft_tie.plan, config)
+        _check_soft_tie(options, options.soft_tie, config)
     if kind == "deepspeed":
         _check_deepspeed(options)
     else:
@@ -144,13 +151,37 @@ def _check_stages(options: EngineOptions, sharing: Sharing, config: ModelConfig)
         raise ConfigError("sharing.low_rank: is not cut by tensor parallelism.", fix="Set parallel.tp to 1.")
 
 
+def _check_soft_tie(options: EngineOptions, tie: SoftTie, config: ModelConfig) -> None:
+    require_cover(tie.plan, config)
+    if tie.kind == "group_lasso" and options.tp > 1:
+        raise ConfigError(
+            "sharing.soft_tie.kind: group_lasso takes distances of whole matrices, and here each rank holds a part.",
+            fix="Set parallel.tp=1, or sharing.soft_tie.kind=l2.",
+        )
+    apart = Partition(tie.plan, options.pp, options.vpp, _bounds(options, config.num_layers)).ties
+    if apart:
+        raise ConfigError(
+            "sharing.soft_tie.plan: a stage lies on several pipeline ranks.",
+            got=f"{apart[0].component} {apart[0].physical} of {tie.plan} on ranks {apart[0].ranks}",
+            fix="Put the stages' ends where the pipeline is cut, or set parallel.pp=1.",
+        )
+
+
+def _bounds(options: EngineOptions, num_layers: int) -> tuple[int, ...]:
+    """Gives the first layer of each pipeline chunk and the depth, as the engine cuts the model."""
+    if options.sharing is not None:
+        return options.sharing.partition(options.pp, options.vpp).bounds
+    chunks = options.pp * options.vpp
+    first, last = options.first_stage_layers, options.last_stage_layers
+    stages = chunks - (first is not None) - (last is not None)
+    equal = (num_layers - (first or 0) - (last or 0)) // max(1, stages)
+    sizes = ([first] if first else []) + [equal] * stages + ([last] if last else [])
+    return tuple(itertools.accumulate(sizes, initial=0))
+
+
 def _check_deepspeed(options: EngineOptions) -> None:
     if options.sharing is not None and options.sharing.relaxed and options.zero_stage == 3:
         raise ConfigError("sharing.gates, sharing.low_rank: not for ZeRO-3.", fix="Set deepspeed.zero_stage to 2.")
-    if options.soft_tie is not None or options.keep_zeros:
-        raise ConfigError(
-            "sharing.soft_tie, sharing.keep_zeros: the deepspeed engine has neither.", fix="Take engine=megatron."
-        )
     if options.zero_stage not in (0, 1, 2, 3):
         raise ConfigError("deepspeed.zero_stage: must be 0, 1, 2 or 3.", got=options.zero_stage)
     refuse_zero_with(options.zero_stage, pp=options.pp, dtype=options.dtype)

@@ -1,6 +1,7 @@
 """What training a descendant may keep of its learngene: a pull towards the mean of its stage, and a mask of zeros.
 
-Both change gradients after the replicas' reduction and before the norm, so that any optimizer and schedule takes them.
+Both change gradients before the norm, so that any optimizer and schedule takes them: the edits here change whole ones
+after the replicas' reduction, ``engines.deepspeed.edits`` those that ZeRO cuts up.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from megatron_inherit.base.errors import ConfigError
+from megatron_inherit.checkpoint.stages import LAYER_PREFIX
+from megatron_inherit.sharing.compress import kept_mask
 from megatron_inherit.sharing.stage_plan import Component, StagePlan
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ class SoftTie:
     """A pull of the layers of a stage towards their mean.
 
     Attributes:
-        plan: Which layers belong together; they must lie on one pipeline rank.
+        plan: Which layers belong together; those of a stage must lie on one pipeline rank.
         weight: Of the penalty at the start.
         kind: ``l2`` is weight / 2 times the squared distances from the mean, ``group_lasso`` weight times the distance
             of each layer's matrix, which makes whole differences vanish.
@@ -44,17 +46,8 @@ class SoftTie:
 
 
 def soft_tie(chunks: Sequence[LanguageModel], tie: SoftTie) -> Edit:
-    """Makes the edit that adds the penalty's gradient.
-
-    Raises:
-        ConfigError: A stage lies on several pipeline ranks, or a matrix's distance would be taken of its tensor shards.
-    """
-    if tie.kind == "group_lasso" and chunks[0].config.tensor_model_parallel_size > 1:
-        raise ConfigError(
-            "sharing.soft_tie.kind: group_lasso takes distances of whole matrices, and here each rank holds a part.",
-            fix="Set parallel.tp=1, or sharing.soft_tie.kind=l2.",
-        )
-    groups = list(_groups(chunks, tie.plan))
+    """Makes the edit that adds the penalty's gradient to whole gradients."""
+    groups = stage_groups(chunks, tie.plan)
 
     def edit(step: int) -> None:
         weight = tie.weight_at(step)
@@ -75,27 +68,34 @@ def penalty(members: Sequence[torch.Tensor], kind: str) -> torch.Tensor:
     return distances.square().sum() / 2 if kind == "l2" else distances.norm(dim=1).sum()
 
 
-def penalty_gradient(members: Sequence[torch.Tensor], kind: str) -> torch.Tensor:
-    """Gives the gradient of ``penalty`` in each member, [members, ...]; a member at the mean gets none of its own."""
+def penalty_gradient(
+    members: Sequence[torch.Tensor], kind: str, total: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> torch.Tensor:
+    """Gives the gradient of ``penalty`` in each member; a member at the mean gets none of its own.
+
+    Args:
+        members: Of one shape; whole, or the same elements of each.
+        kind: ``l2`` or ``group_lasso``.
+        total: Adds values over the ranks among which the elements are shared out; needed by ``group_lasso`` alone.
+
+    Returns:
+        fp32 [members, ...].
+    """
     import torch
 
     stacked = torch.stack([member.detach().float() for member in members])
     distance = stacked - stacked.mean(dim=0)
     if kind == "l2":
         return distance
-    norms = distance.flatten(1).norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny)
+    squares = distance.flatten(1).square().sum(dim=1)
+    norms = (squares if total is None else total(squares)).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
     unit = distance / norms.view(-1, *(1,) * (distance.dim() - 1))
     return unit - unit.mean(dim=0)
 
 
 def keep_zeros(chunks: Sequence[LanguageModel]) -> Edit:
     """Makes the edit that leaves what is zero now at zero: Adam moves no weight that never had a gradient."""
-    masks = [
-        (parameter, parameter.detach() != 0)
-        for chunk in chunks
-        for name, parameter in chunk.named_parameters()
-        if ".layers." in name and parameter.dim() == 2
-    ]
+    masks = [(parameter, kept_mask(parameter)) for chunk in chunks for parameter in matrices(chunk)]
 
     def edit(step: int) -> None:
         for parameter, mask in masks:
@@ -104,23 +104,27 @@ def keep_zeros(chunks: Sequence[LanguageModel]) -> Edit:
     return edit
 
 
-def _groups(chunks: Sequence[LanguageModel], plan: StagePlan) -> Iterator[list[torch.nn.Parameter]]:
+def matrices(chunk: LanguageModel) -> Iterator[torch.nn.Parameter]:
+    """Yields the parameters that hold matrices of blocks, what a learngene is pruned in."""
+    from megatron_inherit.model.pieces import pieces_of
+
+    pieces = pieces_of(chunk)
+    for name, parameter in chunk.named_parameters():
+        spec = pieces[name][0].spec
+        if len(spec.shape) == 2 and not spec.name.startswith(LAYER_PREFIX) and spec.layer is not None:
+            yield parameter
+
+
+def stage_groups(chunks: Sequence[LanguageModel], plan: StagePlan) -> list[list[torch.nn.Parameter]]:
+    """Lists the parameters that belong together: the same tensor of each layer of a stage, in order of depth."""
     from megatron_inherit.sharing.aux_model import layer_parameters, layers_of
 
-    found: dict[tuple[Component, int, str], dict[int, torch.nn.Parameter]] = {}
+    found: dict[tuple[Component, int, str], list[torch.nn.Parameter]] = {}
     for index, layer in layers_of(chunks):
         for component, path, module, attribute in layer_parameters(layer):
-            key = (component, plan.ids(component)[index], path)
-            found.setdefault(key, {})[index] = getattr(module, attribute)
-    for (component, physical, _), members in found.items():
-        if len(members) != len(plan.uses(component, physical)):
-            raise ConfigError(
-                "A stage of sharing.soft_tie lies on several pipeline ranks.",
-                got=f"{component} {physical} of {plan}",
-                fix="Put the stages' ends where the pipeline is cut, or set parallel.pp=1.",
-            )
-        if len(members) > 1:
-            yield list(members.values())
+            members = found.setdefault((component, plan.ids(component)[index], path), [])
+            members.append(getattr(module, attribute))
+    return [members for members in found.values() if len(members) > 1]
 
 
 def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:

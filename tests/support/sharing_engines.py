@@ -98,6 +98,8 @@ def run_case(case: Case) -> Any:
         rows += _train(engine)
     names = sorted({part.name for part in engine.parts()})
     moments |= _moments(engine, "sws.layers.")
+    if options.keep_zeros:
+        moments["zeros"] = _zeros(engine)
     dist.barrier()
     return rows, names, moments
 
@@ -126,6 +128,16 @@ def _moments(engine: Any, prefix: str) -> dict[str, float]:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     return {name: sum(one.get(name, 0.0) for one in everyone) for name in sorted(set().union(*everyone))}
+
+
+def _zeros(engine: Any) -> float:
+    """Counts the weights of blocks' matrices that are zero, over all ranks."""
+    mine = [
+        float((part.tensor == 0).sum())
+        for part in engine.parts()
+        if part.kind == "weight" and part.name.startswith("layers.") and len(part.global_shape) == 2
+    ]
+    return engine.reduce_sum([sum(mine)])[0]
 
 
 def rows(outcomes: dict[str, Any], name: str) -> list[tuple[float, float]]:

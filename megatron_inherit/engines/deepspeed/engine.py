@@ -23,6 +23,7 @@ from megatron_inherit.engines.batches import count_tokens, equal_micro_batches, 
 from megatron_inherit.engines.deepspeed import shards
 from megatron_inherit.engines.deepspeed.adam import ClippedAdamW
 from megatron_inherit.engines.deepspeed.config import deepspeed_config, import_deepspeed, mpu_of
+from megatron_inherit.engines.deepspeed.edits import GradientEdits
 from megatron_inherit.engines.parts import MOMENTS, Shard, decays, fill_flat, restore_shards, shard_parts
 from megatron_inherit.model.build import DTYPES, Parallel, build_chunks, decoder_config
 from megatron_inherit.model.cpu import cuda_means_cpu
@@ -71,6 +72,8 @@ class DeepSpeedEngine:
         self.named = [(parameter, pieces[name]) for name, parameter in self.model.named_parameters()]
         self._fill(read)
         self._sum_over_tensor_ranks()
+        edited = options.soft_tie is not None or options.keep_zeros
+        self.edits = GradientEdits(self.model, options, groups.dp) if edited else None
         self.objective = None if distill is None else self._objective(distill)
         self.once = OneGradient(self.model) if options.sharing is not None else None
         self.adam = self._adam()
@@ -178,7 +181,11 @@ class DeepSpeedEngine:
                 kept.append(loss.detach())
                 if self.once is not None:
                     self.once.expect(self.updates)
+                if self.edits is not None:
+                    self.edits.begin(self.updates, last=index == len(micro_batches) - 1)
                 self.engine.backward(loss * scale, scale_wrt_gas=False)
+            if self.edits is not None:
+                self.edits.finish()
             self.engine.step()
         norm, applied = self._outcome()
         self.updates += applied

@@ -67,8 +67,8 @@ class MegatronEngine:
         shared = share_model(self.chunks, options.sharing) if options.sharing else {}
         for chunk in self.chunks:
             load_chunk(chunk, read)
-        self.edits = [keep_zeros(self.chunks)] if options.keep_zeros else []
-        self.edits += [soft_tie(self.chunks, options.soft_tie)] if options.soft_tie is not None else []
+        self.edits = [] if options.soft_tie is None else [soft_tie(self.chunks, options.soft_tie)]
+        self.edits += [keep_zeros(self.chunks)] if options.keep_zeros else []
         self.ties = tie_stages(options.sharing, shared, self.groups.pp, options.vpp)
         self.objective = None if distill is None else self._objective(distill)
         with cuda_means_cpu():

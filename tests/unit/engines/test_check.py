@@ -11,6 +11,8 @@ from megatron_inherit.arch.presets import preset
 from megatron_inherit.base.errors import ConfigError
 from megatron_inherit.engines.base import EngineOptions
 from megatron_inherit.engines.check import check_batch, check_options
+from megatron_inherit.sharing.regularise import SoftTie
+from megatron_inherit.sharing.stage_plan import parse_plan
 
 LLAMA = preset("llama-tiny")  # 4 layers, 4 heads, 2 groups
 
@@ -61,6 +63,37 @@ def test_refused(name):
 )
 def test_accepted(kind, options, world):
     check_options(kind, EngineOptions(**options), LLAMA, world_size=world)
+
+
+@pytest.mark.parametrize(
+    ("plan", "options"),
+    [
+        ("2,2", {"pp": 2}),
+        ("ids:0,1,0,1", {"pp": 2, "vpp": 2}),
+        ("1,3", {"pp": 2, "first_stage_layers": 1, "last_stage_layers": 3}),
+        ("1,3", {"pp": 2, "last_stage_layers": 3}),
+    ],
+)
+def test_a_soft_tie_may_be_cut_between_its_stages(plan, options):
+    tie = SoftTie(plan=parse_plan(plan), weight=0.1)
+    check_options("megatron", EngineOptions(**options, soft_tie=tie), LLAMA, world_size=2)
+
+
+@pytest.mark.parametrize(
+    ("plan", "kind", "options", "words"),
+    [
+        ("4", "l2", {"pp": 2}, "several pipeline ranks"),
+        ("2,2", "l2", {"pp": 2, "vpp": 2}, "several pipeline ranks"),
+        ("2,2", "l2", {"pp": 2, "first_stage_layers": 1, "last_stage_layers": 3}, "several pipeline ranks"),
+        ("2,2", "l2", {"pp": 2, "first_stage_layers": 3}, "several pipeline ranks"),
+        ("3,2", "l2", {}, "does not cover"),
+        ("2,2", "group_lasso", {"tp": 2}, "whole matrices"),
+    ],
+)
+def test_a_soft_tie_that_is_cut_elsewhere_is_refused(plan, kind, options, words):
+    tie = SoftTie(plan=parse_plan(plan), weight=0.1, kind=kind)
+    with pytest.raises(ConfigError, match=words):
+        check_options("megatron", EngineOptions(**options, soft_tie=tie), LLAMA, world_size=2)
 
 
 def test_gpt2_heads_are_its_groups():
