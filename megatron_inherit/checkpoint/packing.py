@@ -1,12 +1,15 @@
-"""Matrices of a learngene as integers: codes of 8 or 4 bits and one fp32 scale a row, dense safetensors tensors.
+"""Matrices of a learngene in less than their dense form: integers with scales, or two of every four values.
 
 ::
 
-    X.weight   I8 [rows, columns], or U8 [rows, ceil(columns / 2)]: two codes a byte, each plus 8, the first one low
-    X.scale    F32 [rows]
+    int8   X.weight  I8 [rows, columns]                    X.scale   F32 [rows]
+    int4   X.weight  U8 [rows, ceil(columns / 2)]          X.scale   F32 [rows]
+    2:4    X.weight  float [rows, columns / 2]             X.places  U8 [rows, ceil(columns / 8)]
 
-A value is its code times its row's scale, computed in float64 and then rounded to the type that ``config.json`` names
-under ``sws_packing``, with the number of bits. Norms, biases and embeddings are stored as they are.
+Two int4 codes, each plus 8, share a byte, the first one low. A value is its code times its row's scale, computed in
+float64 and then rounded. Of four neighbours 2:4 stores two values, and half a byte says where they lie: two bits each,
+the first place low; the other two are zero. ``config.json`` names form and type under ``sws_packing``. Norms, biases
+and embeddings are stored as they are.
 """
 
 from __future__ import annotations
@@ -24,18 +27,42 @@ from megatron_inherit.checkpoint.files import FilePool
 from megatron_inherit.checkpoint.stream import Decode, StoredTensor, read_box
 
 KEY = "sws_packing"
-"""Field of ``config.json`` that holds ``bits`` and ``dtype``."""
-SCALES = "scale:"
-"""Before the name of a sink's tensor: where its scales go."""
-BITS = (8, 4)
+"""Field of ``config.json`` that holds ``form`` and ``dtype``."""
+BESIDE = "beside:"
+"""Before the name of a sink's tensor: where its scales or places go."""
+_BITS = {"int8": 8, "int4": 4}
+MADE_BY: Mapping[str, tuple[str, Mapping[str, int]]] = {
+    **{form: ("quantise", {"bits": bits}) for form, bits in _BITS.items()},
+    "2:4": ("prune", {"keep": 2, "of": 4}),
+}
+"""Form -> function of a plan, with its arguments, whose result it stores."""
 _OFFSET = 8
 
 
 class Packing(NamedTuple):
-    """Bits of a code, and the type of the values that codes stand for."""
+    """What matrices are packed as, and the type of the values that it stands for."""
 
-    bits: int
+    form: str
     dtype: str
+
+
+class Packed(NamedTuple):
+    """A matrix as it is stored.
+
+    Attributes:
+        weight: Codes, or the kept values in the carrier of their type.
+        beside: Scales, or places.
+        values: Dense, what readers get.
+    """
+
+    weight: np.ndarray
+    beside: np.ndarray
+    values: np.ndarray
+
+
+def form_of(function: str, arguments: Mapping[str, int]) -> str | None:
+    """Names the form that a plan's function is stored in, None where there is none."""
+    return next((form for form, made in MADE_BY.items() if made == (function, dict(arguments))), None)
 
 
 def quantise_rows(values: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
@@ -60,33 +87,88 @@ def values_of(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return codes.astype(np.float64) * scales.astype(np.float64)[:, None]
 
 
+def largest_places(groups: np.ndarray, keep: int) -> np.ndarray:
+    """Finds the largest magnitudes of each group, of equal ones the first.
+
+    Args:
+        groups: [rows, groups, size].
+        keep: How many of a group.
+
+    Returns:
+        Their places, ascending, int64 [rows, groups, keep].
+    """
+    order = np.argsort(-np.abs(groups), axis=2, kind="stable")[:, :, :keep]
+    return np.sort(order, axis=2)
+
+
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     """Lays int8 codes [rows, columns] out as they are stored."""
-    if bits == 8:
-        return codes
-    shifted = (codes + _OFFSET).astype(np.uint8)
-    if shifted.shape[1] % 2:
-        shifted = np.pad(shifted, ((0, 0), (0, 1)), constant_values=_OFFSET)
-    return shifted[:, ::2] | (shifted[:, 1::2] << 4)
+    return codes if bits == 8 else _join_halves((codes + _OFFSET).astype(np.uint8), _OFFSET)
 
 
 def unpack(packed: np.ndarray, bits: int, columns: int) -> np.ndarray:
     """Gives int8 codes [rows, columns] of a stored array."""
-    if bits == 8:
-        return packed.view(np.int8)
-    both = np.stack((packed & 15, packed >> 4), axis=-1).reshape(len(packed), -1)[:, :columns]
-    return both.astype(np.int8) - _OFFSET
+    return packed.view(np.int8) if bits == 8 else _split_halves(packed, columns).astype(np.int8) - _OFFSET
 
 
-def stored_form(bits: int, shape: tuple[int, ...]) -> tuple[str, tuple[int, int]]:
-    """Gives type and shape of the stored codes of a matrix."""
+def _join_halves(halves: np.ndarray, filler: int) -> np.ndarray:
+    if halves.shape[1] % 2:
+        halves = np.pad(halves, ((0, 0), (0, 1)), constant_values=filler)
+    return halves[:, ::2] | (halves[:, 1::2] << 4)
+
+
+def _split_halves(packed: np.ndarray, count: int) -> np.ndarray:
+    return np.stack((packed & 15, packed >> 4), axis=-1).reshape(len(packed), -1)[:, :count]
+
+
+def encode(values: np.ndarray, form: str, dtype: str) -> Packed:
+    """Packs a matrix.
+
+    Args:
+        values: float64 [rows, columns], not yet rounded or pruned.
+        form: A key of ``MADE_BY``; ``2:4`` needs columns in groups of four.
+        dtype: Type of the values that it stands for.
+    """
+    if form in _BITS:
+        codes, scales = quantise_rows(values, _BITS[form])
+        return Packed(pack(codes, _BITS[form]), scales, cast(values_of(codes, scales), "F64", dtype))
+    rows = len(values)
+    groups = cast(values, "F64", dtype).reshape(rows, -1, 4)
+    places = largest_places(values.reshape(rows, -1, 4), 2)
+    kept = np.take_along_axis(groups, places, axis=2)
+    dense = np.zeros_like(groups)
+    np.put_along_axis(dense, places, kept, axis=2)
+    halves = (places[:, :, 0] | places[:, :, 1] << 2).astype(np.uint8)
+    return Packed(kept.reshape(rows, -1), _join_halves(halves, 0), dense.reshape(rows, -1))
+
+
+def _decode(packing: Packing, weight: np.ndarray, beside: np.ndarray, columns: int) -> np.ndarray:
+    """Gives rows of values, in their carrier, of the same rows of what is stored."""
+    if packing.form in _BITS:
+        return cast(values_of(unpack(weight, _BITS[packing.form], columns), beside), "F64", packing.dtype)
+    halves = _split_halves(beside, columns // 4)
+    places = np.stack((halves & 3, halves >> 2), axis=-1).astype(np.int64)
+    dense = np.zeros((len(weight), columns // 4, 4), weight.dtype)
+    np.put_along_axis(dense, places, weight.reshape(*places.shape), axis=2)
+    return dense.reshape(len(weight), columns)
+
+
+class Form(NamedTuple):
+    """Name, type and shape of what is stored of a matrix."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def stored_forms(name: str, shape: tuple[int, ...], packing: Packing) -> tuple[Form, Form]:
+    """Gives what is stored of ``X.weight``: itself, and ``X.scale`` or ``X.places`` beside it."""
     rows, columns = shape
-    return ("I8", (rows, columns)) if bits == 8 else ("U8", (rows, -(-columns // 2)))
-
-
-def scale_name(name: str) -> str:
-    """Names the scales of ``X.weight``: ``X.scale``."""
-    return f"{name.removesuffix('weight')}scale"
+    stem = name.removesuffix("weight")
+    if packing.form == "2:4":
+        return Form(name, packing.dtype, (rows, columns // 2)), Form(f"{stem}places", "U8", (rows, -(-columns // 8)))
+    codes = Form(name, "I8", shape) if packing.form == "int8" else Form(name, "U8", (rows, -(-columns // 2)))
+    return codes, Form(f"{stem}scale", "F32", (rows,))
 
 
 def packing_of(raw: Mapping[str, Any], where: str) -> Packing | None:
@@ -98,10 +180,12 @@ def packing_of(raw: Mapping[str, Any], where: str) -> Packing | None:
     found = raw.get(KEY)
     if found is None:
         return None
-    bits, dtype = (found.get("bits"), found.get("dtype")) if isinstance(found, Mapping) else (None, None)
-    if bits not in BITS or dtype not in WEIGHT_DTYPES:
-        raise CheckpointError(f"{where}: {KEY} cannot be read.", got=found, expected="bits 8 or 4, dtype F32 or BF16")
-    return Packing(bits, dtype)
+    form, dtype = (found.get("form"), found.get("dtype")) if isinstance(found, Mapping) else (None, None)
+    if form not in MADE_BY or dtype not in WEIGHT_DTYPES:
+        raise CheckpointError(
+            f"{where}: {KEY} cannot be read.", got=found, expected=f"form {', '.join(MADE_BY)}, dtype F32 or BF16"
+        )
+    return Packing(form, dtype)
 
 
 def is_packed(spec: TensorSpec) -> bool:
@@ -115,30 +199,34 @@ def packed_tensor(
     """Describes a matrix that is decoded row by row when it is read.
 
     Args:
-        name: Of the codes.
-        shape: Of the matrix.
+        name: Of the matrix.
+        shape: Its shape.
         extents: Of all tensors in the file.
-        packing: Bits, and the type of the values.
-        pool: Where the scales are read, now.
+        packing: Form, and the type of the values.
+        pool: Where scales and places are read, with their rows.
 
     Raises:
-        CheckpointError: Codes or scales are missing, or do not fit the matrix.
+        CheckpointError: What should be stored is missing, or does not fit the matrix.
     """
-    codes, scales = extents.get(name), extents.get(scale_name(name))
-    kind, size = stored_form(packing.bits, shape)
-    if codes is None or scales is None:
-        raise CheckpointError(f"{name} is packed, and its codes or scales are missing.")
-    if (codes.dtype, codes.shape, scales.dtype, scales.shape) != (kind, size, "F32", shape[:1]):
-        raise CheckpointError(
-            f"{codes.file}: {name} and its scales are no packed matrix of {list(shape)}.",
-            got=f"{codes.dtype} {list(codes.shape)}, {scales.dtype} {list(scales.shape)}",
-            expected=f"{kind} {list(size)}, F32 {[shape[0]]}",
-        )
-    steps = read_box(pool, StoredTensor(scales.shape, "F32", whole(scales)), (0,), scales.shape)
+    forms = stored_forms(name, shape, packing)
+    found = [extents.get(form.name) for form in forms]
+    for form, extent in zip(forms, found, strict=True):
+        if extent is None:
+            raise CheckpointError(f"{name} is packed, and {form.name} is missing.")
+        if (extent.dtype, extent.shape) != (form.dtype, form.shape):
+            raise CheckpointError(
+                f"{extent.file}: {form.name} is no part of a packed matrix of {list(shape)}.",
+                got=f"{extent.dtype} {list(extent.shape)}",
+                expected=f"{form.dtype} {list(form.shape)}",
+            )
+    main, side = (extent for extent in found if extent is not None)
+    beside = StoredTensor(side.shape, side.dtype, whole(side))
 
     def apply(rows: np.ndarray, first: int) -> np.ndarray:
-        values = values_of(unpack(rows, packing.bits, shape[1]), steps[first : first + len(rows)])
-        return cast(values, "F64", packing.dtype)
+        start = (first, *(0,) * (len(side.shape) - 1))
+        return _decode(packing, rows, read_box(pool, beside, start, (len(rows), *side.shape[1:])), shape[1])
 
-    decode = Decode("dequantise", {"bits": packing.bits}, size, kind, apply, positional=True)
-    return StoredTensor(shape, packing.dtype, whole(codes), decode)
+    decode = Decode(
+        "unpack", {"form": packing.form}, main.shape, main.dtype, apply, positional=True, beside_bytes=side.nbytes
+    )
+    return StoredTensor(shape, packing.dtype, whole(main), decode)

@@ -37,6 +37,7 @@ class Decode:
         stored_dtype: Its type.
         apply: Takes stored rows [n, ...] of the carrier type and gives canonical rows [n, ...].
         positional: ``apply`` takes the index of the first row too.
+        beside_bytes: What a read of the whole tensor fetches beside its stored array.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Decode:
     stored_dtype: str
     apply: Callable[..., np.ndarray]
     positional: bool = False
+    beside_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ class StoredTensor:
     @property
     def stored_bytes(self) -> int:
         """Bytes that a read of all of it fetches."""
-        return sum(piece.extent.nbytes for piece in self.pieces)
+        beside = 0 if self.decode is None else self.decode.beside_bytes
+        return sum(piece.extent.nbytes for piece in self.pieces) + beside
 
     @property
     def files(self) -> tuple[str, ...]:

@@ -50,7 +50,7 @@ def describe(source: Any) -> dict[str, Any]:
 
     config = source.config
     types = sorted({stored.dtype for stored in source.tensors.values()})
-    size = sum(stored.stored_bytes for stored in source.tensors.values())
+    size = sum(stored.stored_bytes for stored in {id(one): one for one in source.tensors.values()}.values())
     heads = f"{config.num_heads} query, {config.num_kv_heads} key/value of {config.head_dim}"
     return {
         "format": source.format,

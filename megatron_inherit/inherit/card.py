@@ -27,7 +27,8 @@ def model_card(plan: TransferPlan, *, command: str = "", note: str = "") -> str:
     config, origin = plan.config, plan.origin
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     head += [f"license: {origin.licence}"] if origin and origin.licence else []
-    lines = [*head, "tags:", "- inheritune", "---", "", f"# {config.num_layers}-layer {config.family} model", ""]
+    head += ["tags:", "- inheritune" if plan.stages is None else "- sws", "---", ""]
+    lines = [*head, f"# {config.num_layers}-layer {config.family} model", ""]
     lines += [plan.title[0].upper() + plan.title[1:] + ".", ""]
     lines += [f"The weights it was made from: {note}.", ""] if note else []
     lines += [
@@ -39,7 +40,9 @@ def model_card(plan: TransferPlan, *, command: str = "", note: str = "") -> str:
         f"| vocabulary | {config.vocab_size:,} |",
         f"| dtype | {', '.join(sorted({TORCH_NAMES[op.dtype] for op in plan.ops}))} |",
     ]
-    if origin and plan.layer_map is not None:
+    if plan.stages is not None:
+        lines.append(f"| learngene's stage for each block | {','.join(map(str, plan.stages))} |")
+    elif origin and plan.layer_map is not None:
         lines.append(f"| teacher's block for each block | {describe_layers(plan.layer_map)} |")
     fresh = sorted({_short(op.target) for op in plan.ops if isinstance(op, Init)})
     lines.append(f"| drawn anew (seed {plan.seed}) | {', '.join(fresh)} |" if fresh else "| drawn anew | nothing |")

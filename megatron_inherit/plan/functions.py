@@ -69,13 +69,14 @@ def prune(tensors: Sequence[numpy.ndarray], *, keep: int, of: int) -> numpy.ndar
     """
     import numpy as np
 
+    from megatron_inherit.checkpoint.packing import largest_places
+
     rows, columns = tensors[0].shape
     if columns % of:
         raise PlanError(f"{keep}:{of} pruning needs columns in groups of {of}.", got=columns)
     groups = tensors[0].reshape(rows, columns // of, of)
-    order = np.argsort(-np.abs(groups), axis=2, kind="stable")[:, :, :keep]
     mask = np.zeros(groups.shape, dtype=bool)
-    np.put_along_axis(mask, order, True, axis=2)
+    np.put_along_axis(mask, largest_places(groups, keep), True, axis=2)
     return np.where(mask, groups, 0.0).reshape(rows, columns)
 
 

@@ -19,7 +19,7 @@ from megatron_inherit.checkpoint.files import FilePool
 from megatron_inherit.checkpoint.formats.safetensors_file import read_header
 from megatron_inherit.checkpoint.gather import empty_box, is_transposed, scatter
 from megatron_inherit.checkpoint.manifest import TILE_BYTES, TensorHash, row_tiles, turned_rows
-from megatron_inherit.checkpoint.packing import SCALES, pack, quantise_rows, values_of
+from megatron_inherit.checkpoint.packing import BESIDE, encode, form_of
 from megatron_inherit.checkpoint.stream import Source, StoredTensor, dense_tensor, read_box
 from megatron_inherit.plan.functions import apply
 from megatron_inherit.plan.init import draw
@@ -60,33 +60,38 @@ class Mover:
 
     def run(self, op: Op) -> TensorHash:
         """Writes one tensor and gives the hash of what was written."""
-        target, scales = self.targets[op.target], self.targets.get(f"{SCALES}{op.target}")
-        if scales is not None:
-            return self._pack(op, target, scales)
-        digest, as_stored = xxhash.xxh3_128(), is_transposed(target.pieces)
+        target, beside = self.targets[op.target], self.targets.get(f"{BESIDE}{op.target}")
+        if beside is not None:
+            return self._pack(op, target, beside)
+        digest = xxhash.xxh3_128()
+        pieces = () if self._is_held(op) else target.pieces
+        as_stored = is_transposed(pieces)
         for start, values in self._tiles(op, target):
             for first, rows in turned_rows(values):
                 digest.update(rows.data)
                 if not as_stored:
-                    scatter(self.pool, target.pieces, (start[0] + first, *start[1:]), rows)
+                    scatter(self.pool, pieces, (start[0] + first, *start[1:]), rows)
             if as_stored:
-                scatter(self.pool, target.pieces, start, values)
+                scatter(self.pool, pieces, start, values)
             self.progress(values.nbytes)
         return TensorHash(op.dtype, op.shape, digest.hexdigest())
 
-    def _pack(self, op: Op, target: StoredTensor, scales: StoredTensor) -> TensorHash:
-        """Writes the codes and scales of a matrix; the hash is that of the values which they stand for."""
+    def _pack(self, op: Op, target: StoredTensor, beside: StoredTensor) -> TensorHash:
+        """Writes a matrix packed; the hash is that of the values which it stands for."""
         made = self.ops[op.to] if isinstance(op, Tie) else op
-        if not isinstance(made, Compute) or made.function != "quantise":
-            raise PlanError(f"{op.target} is stored packed, and {made.describe()} does not quantise it.")
-        bits = made.arguments["bits"]
-        codes, steps = quantise_rows(self._inputs(made)[0], bits)
-        packed = np.ascontiguousarray(pack(codes, bits))
-        scatter(self.pool, target.pieces, (0, 0), packed)
-        scatter(self.pool, scales.pieces, (0,), steps)
-        values = cast(values_of(codes, steps), "F64", op.dtype)
-        self.progress(values.nbytes)
-        return TensorHash(op.dtype, op.shape, xxhash.xxh3_128_hexdigest(np.ascontiguousarray(values).data))
+        form = form_of(made.function, made.arguments) if isinstance(made, Compute) else None
+        if form is None or not isinstance(made, Compute):
+            raise PlanError(f"{op.target} is stored packed, and {made.describe()} gives it no such form.")
+        packed = encode(self._inputs(made)[0], form, op.dtype)
+        if not self._is_held(op):
+            scatter(self.pool, target.pieces, (0, 0), np.ascontiguousarray(packed.weight))
+            scatter(self.pool, beside.pieces, (0,) * packed.beside.ndim, np.ascontiguousarray(packed.beside))
+        self.progress(packed.values.nbytes)
+        return TensorHash(op.dtype, op.shape, xxhash.xxh3_128_hexdigest(np.ascontiguousarray(packed.values).data))
+
+    def _is_held(self, op: Op) -> bool:
+        """Tells whether the place of a tied tensor is that of the one it is tied to, which is written once."""
+        return isinstance(op, Tie) and self.targets[op.target].pieces == self.targets[op.to].pieces
 
     def _tiles(self, op: Op, target: StoredTensor) -> Iterator[Tile]:
         if isinstance(op, Tie):

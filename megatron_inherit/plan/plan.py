@@ -86,6 +86,7 @@ class TransferPlan:
         origin: What is read; None where everything is drawn or comes from files.
         dropped: Tensors of the origin that are left out, with the reason.
         layer_map: The origin's block for each block of the output, where blocks are taken whole.
+        stages: The learngene's stage for each block, of a descendant.
         hf_config: ``config.json`` of the output, for formats that carry one.
         seed: Of all draws.
     """
@@ -97,6 +98,7 @@ class TransferPlan:
     origin: Origin | None = None
     dropped: Mapping[str, str] = field(default_factory=dict)
     layer_map: tuple[int, ...] | None = None
+    stages: tuple[int, ...] | None = None
     hf_config: Mapping[str, Any] | None = None
     seed: int = 0
 
@@ -151,8 +153,8 @@ class TransferPlan:
             origin = dict(fields["origin"]) | {"config": ModelConfig.from_json(fields["origin"]["config"])}
             origin["tensors"] = {name: tuple(shape) for name, shape in origin["tensors"].items()}
             fields["origin"] = Origin(**origin)
-        if fields["layer_map"] is not None:
-            fields["layer_map"] = tuple(fields["layer_map"])
+        for name in ("layer_map", "stages"):
+            fields[name] = None if fields.get(name) is None else tuple(fields[name])
         return cls(**fields)
 
 
@@ -166,6 +168,18 @@ def describe_layers(layers: Sequence[int]) -> str:
             parts.append(str(low) if low == high else f"{low}-{high}")
             first = at
     return ", ".join(parts)
+
+
+def describe_blocks(plan: TransferPlan) -> tuple[str, str] | None:
+    """Names where the blocks come from, and writes it; None where they are not taken whole.
+
+    A descendant's are stages in the form that ``--place`` takes: ``0,0,0,1,1,1``.
+    """
+    if plan.origin is None or plan.layer_map is None:
+        return None
+    if plan.stages is not None:
+        return "stages", ",".join(map(str, plan.stages))
+    return "blocks", f"{describe_layers(range(len(plan.layer_map)))} <- {describe_layers(plan.layer_map)}"
 
 
 def count_kinds(ops: Iterable[Op]) -> dict[str, int]:

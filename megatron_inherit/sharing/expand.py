@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from megatron_inherit.base.errors import UsageError
+from megatron_inherit.base.errors import ConfigError, UsageError
 from megatron_inherit.checkpoint.packing import KEY as PACKING
+from megatron_inherit.checkpoint.packing import MADE_BY
 from megatron_inherit.checkpoint.stages import KEY
 from megatron_inherit.checkpoint.stream import Source
 from megatron_inherit.inherit.inheritune import plan_inheritance
@@ -17,11 +18,6 @@ from megatron_inherit.sharing.learngene import require_plan
 from megatron_inherit.sharing.stage_plan import StagePlan
 
 RULES = ("front", "middle", "back", "even", "proportional")
-_BITS: dict[Method, int] = {"int8": 8, "int4": 4}
-_FUNCTION: dict[Method, tuple[str, dict[str, int]]] = {
-    **{method: ("quantise", {"bits": bits}) for method, bits in _BITS.items()},
-    "2:4": ("prune", {"keep": 2, "of": 4}),
-}
 
 
 def place(plan: StagePlan, depth: int, rule: str) -> tuple[int, ...]:
@@ -111,9 +107,8 @@ def plan_descendant(
     ordinary = dataclasses.replace(learngene, hf_config=raw or None)
     layers = use_layers(shared, stages)
     plan = plan_inheritance(ordinary, layers=layers, layout=layout, dtype=dtype)
-    counts = ",".join(str(list(stages).count(stage)) for stage in range(shared.num_stages))
-    title = f"a {len(stages)}-layer descendant of {learngene.path}, layers a stage {counts}"
-    return compressed(dataclasses.replace(plan, title=title), compress)
+    title = f"a {len(stages)}-layer descendant of {learngene.path}"
+    return compressed(dataclasses.replace(plan, title=title, stages=tuple(stages)), compress)
 
 
 def use_layers(plan: StagePlan, stages: Sequence[int]) -> list[int]:
@@ -126,14 +121,14 @@ def compressed(plan: TransferPlan, method: Method | None) -> TransferPlan:
     """Rounds or prunes the matrices of the blocks that a plan copies; norms, biases and embeddings stay as they are.
 
     Statistics are those of one matrix alone, so that a compressed learngene, expanded, is the compressed descendant.
-    A learngene of integers is stored packed; other formats, which any tool must read, hold the rounded values.
+    A learngene is stored packed; other formats, which any tool must read, hold the rounded values and the zeros.
     """
     if method is None:
         return plan
     ops = tuple(_compressed(op, method) for op in plan.ops)
     hf_config = plan.hf_config
-    if plan.layout.format == "learngene" and method in _BITS:
-        hf_config = {**(hf_config or {}), PACKING: {"bits": _BITS[method], "dtype": _block_dtype(plan)}}
+    if plan.layout.format == "learngene":
+        hf_config = {**(hf_config or {}), PACKING: {"form": method, "dtype": _block_dtype(plan)}}
     return dataclasses.replace(plan, title=f"{plan.title}, {method}", ops=ops, hf_config=hf_config).check()
 
 
@@ -144,7 +139,12 @@ def _block_dtype(plan: TransferPlan) -> str:
 def _compressed(op: Op, method: Method) -> Op:
     if not isinstance(op, Copy) or not op.target.startswith("layers.") or len(op.shape) != 2:
         return op
-    function, arguments = _FUNCTION[method]
+    function, arguments = MADE_BY[method]
+    group = arguments.get("of", 1)
+    if op.shape[1] % group:
+        raise ConfigError(
+            f"--compress {method}: the columns of {op.target} do not split into groups of {group}.", got=op.shape[1]
+        )
     return Compute(
         target=op.target,
         shape=op.shape,

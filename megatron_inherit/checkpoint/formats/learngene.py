@@ -7,7 +7,7 @@
     tokenizer and licence files
 
 Read as a source it is the whole model, whose layers of a stage lie at the same place. With ``sws_packing`` in
-``config.json`` the stages' matrices are integers with scales, see ``checkpoint.packing``; readers get their values.
+``config.json`` the stages' matrices are packed, see ``checkpoint.packing``; readers get their values.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from megatron_inherit.checkpoint.formats.hf import read_licence, side_files
 from megatron_inherit.checkpoint.formats.hf_config import read_config, write_config
 from megatron_inherit.checkpoint.formats.native import read_json
 from megatron_inherit.checkpoint.formats.safetensors_file import build_header, read_header
+from megatron_inherit.checkpoint.packing import BESIDE, Packing, is_packed, packed_tensor, packing_of, stored_forms
 from megatron_inherit.checkpoint.packing import KEY as PACKING
-from megatron_inherit.checkpoint.packing import SCALES, is_packed, packed_tensor, packing_of, scale_name, stored_form
 from megatron_inherit.checkpoint.stages import KEY, Ids, read_ids, share_names, stored_name
 from megatron_inherit.checkpoint.stream import Sink, SinkOptions, Source, StoredTensor, dense_tensor
 
@@ -92,8 +92,8 @@ def make_sink(config: ModelConfig, dtypes: Mapping[str, str], options: SinkOptio
             continue
         if dtype != packing.dtype:
             raise CheckpointError(f"{spec.name} cannot be packed as {packing.dtype}.", got=dtype, fix="Give --dtype.")
-        entries.setdefault(name, (name, *stored_form(packing.bits, spec.shape)))
-        entries.setdefault(scale_name(name), (scale_name(name), "F32", spec.shape[:1]))
+        for form in stored_forms(name, spec.shape, packing):
+            entries.setdefault(form.name, tuple(form))
     head, places, size = build_header(list(entries.values()))
     stored = {name: dense_tensor(FILE, places[name][0], dtype, shape) for name, dtype, shape in entries.values()}
     raw = write_config(config, next(iter(dtypes.values()))) | given
@@ -108,16 +108,18 @@ def make_sink(config: ModelConfig, dtypes: Mapping[str, str], options: SinkOptio
         pool.close()
         write_json(folder / "config.json", raw)
 
-    tensors = _targets(config, stored, ids)
+    tensors = _targets(config, stored, ids, packing)
     return Sink("learngene", config, tensors, {FILE: size}, prepare, finish)
 
 
-def _targets(config: ModelConfig, stored: Mapping[str, StoredTensor], ids: Ids) -> dict[str, StoredTensor]:
-    """Gives the place of each canonical tensor, and of the scales of packed ones as ``scale:NAME``."""
+def _targets(
+    config: ModelConfig, stored: Mapping[str, StoredTensor], ids: Ids, packing: Packing | None
+) -> dict[str, StoredTensor]:
+    """Gives the place of each canonical tensor, and of what packed ones have beside them as ``beside:NAME``."""
     found = {}
     for spec in enumerate_tensors(config):
         name = stored_name(spec.name, ids)
         found[spec.name] = stored[name]
-        if scale_name(name) in stored:
-            found[f"{SCALES}{spec.name}"] = stored[scale_name(name)]
+        if packing is not None and is_packed(spec):
+            found[f"{BESIDE}{spec.name}"] = stored[stored_forms(name, spec.shape, packing)[1].name]
     return found

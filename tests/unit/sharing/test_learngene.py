@@ -1,6 +1,7 @@
 """Learngenes on disk: made from a teacher, read by every tool, expanded to any depth in any format."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,11 +11,15 @@ from megatron_inherit.arch.presets import preset
 from megatron_inherit.base.errors import CheckpointError, ConfigError, UsageError
 from megatron_inherit.checkpoint.compare import compare_manifest
 from megatron_inherit.checkpoint.detect import open_source
+from megatron_inherit.checkpoint.files import FilePool
+from megatron_inherit.checkpoint.formats.safetensors_file import read_header
 from megatron_inherit.checkpoint.manifest import load_file as load_manifest
-from megatron_inherit.checkpoint.packing import pack, quantise_rows, unpack, values_of
+from megatron_inherit.checkpoint.packing import encode, pack, quantise_rows, unpack, values_of
+from megatron_inherit.cli.main import main
 from megatron_inherit.inherit.inheritune import plan_fresh
 from megatron_inherit.plan.convert import plan_conversion
 from megatron_inherit.plan.execute import execute
+from megatron_inherit.plan.functions import prune
 from megatron_inherit.plan.plan import Layout, TransferPlan
 from megatron_inherit.sharing.expand import candidates, compressed, place, plan_descendant
 from megatron_inherit.sharing.learngene import plan_auxiliary, plan_extraction, plan_of
@@ -99,6 +104,26 @@ def test_extracting_a_learngene_gives_its_bytes(tmp_path, learngene):
         assert (tmp_path / "again" / name).read_bytes() == (learngene / name).read_bytes()
 
 
+def test_what_layers_share_is_written_once(tmp_path, learngene):
+    with open_source(learngene) as source:
+        done = execute(plan_extraction(source), tmp_path / "again", source=source)
+        half = execute(compressed(plan_extraction(source), "int8"), tmp_path / "small", source=source)
+    for folder, transfer in ((tmp_path / "again", done), (tmp_path / "small", half)):
+        extents, _ = read_header(FilePool(), str(folder / "learngene.safetensors"))
+        assert transfer.bytes_written == sum(extent.nbytes for extent in extents.values())
+
+
+def test_a_descendants_record_says_its_stages(tmp_path, learngene, capsys):
+    assert main(["share", "expand", str(learngene), str(tmp_path / "out"), "--depth", "5", "--place", "front"]) == 0
+    said = capsys.readouterr().out
+    assert "  stages   0,0,1,1,2\n" in said
+    assert "blocks" not in said
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| learngene's stage for each block | 0,0,1,1,2 |" in card
+    record = TransferPlan.from_json(json.loads((tmp_path / "out" / "inherit.json").read_text())["plan"])
+    assert record.stages == (0, 0, 1, 1, 2)
+
+
 def test_another_number_of_repeats_takes_the_same_stages(tmp_path, learngene):
     longer = contiguous((4, 2, 6))
     with open_source(learngene) as source:
@@ -176,6 +201,51 @@ def test_integers_are_stored_packed(tmp_path, learngene, method, bits, kind):
         assert compare_manifest(small, load_manifest(tmp_path / "small" / "manifest.json")) == []
 
 
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_two_of_four_are_stored_with_their_places(tmp_path, learngene, dtype, capsys):
+    """Nine sixteenths of a bf16 matrix: half of its values, and half a byte for every four."""
+    with open_source(learngene) as source:
+        execute(compressed(plan_extraction(source, dtype=dtype), "2:4"), tmp_path / "small", source=source)
+        execute(plan_descendant(source, PLAN.stages, compress="2:4", dtype=dtype), tmp_path / "dense", source=source)
+    sizes, _ = read_header(FilePool(), str(tmp_path / "small" / "learngene.safetensors"))
+    item = {"F32": 4, "BF16": 2}[dtype]
+    with open_source(tmp_path / "small") as small, open_source(tmp_path / "dense") as dense:
+        for spec in enumerate_stored(small.config, PLAN):
+            if spec.name.startswith("sws.stages.") and len(spec.shape) == 2:
+                places = sizes[spec.name.replace(".weight", ".places")]
+                rows, columns = spec.shape
+                wanted = (rows * columns * item // 2, rows * -(-columns // 8))
+                assert (sizes[spec.name].nbytes, places.nbytes) == wanted
+                assert (sizes[spec.name].dtype, places.dtype) == (dtype, "U8")
+        for name in dense.tensors:
+            assert values(small, name) == values(dense, name)
+        name = "layers.3.mlp.down.weight"
+        matrix = small.read(name).array()
+        assert (matrix.reshape(-1, 4) != 0).sum(axis=1).tolist() == [2] * (matrix.size // 4)
+        assert small.read(name, (slice(3, 5), slice(1, 7))).array().tolist() == matrix[3:5, 1:7].tolist()
+        assert compare_manifest(small, load_manifest(tmp_path / "small" / "manifest.json")) == []
+    assert main(["inspect", str(tmp_path / "small")]) == 0
+    assert f"({sum(extent.nbytes for extent in sizes.values()):,})" in capsys.readouterr().out
+
+
+def test_places_hold_zeros_and_equal_magnitudes():
+    rows = np.array([[0.0, 0, 0, 0, 1, -1, 1, 1, 0, 0, -0.0, 3], [5, 0, 6, 7, -2, 0, 0, 0, 4, 3, 2, 1]])
+    packed = encode(rows, "2:4", "F32")
+    assert packed.values.tolist() == prune([rows], keep=2, of=4).tolist()
+    assert packed.weight.tolist() == [[0, 0, 1, -1, 0, 3], [6, 7, -2, 0, 4, 3]]
+    assert packed.beside.tolist() == [[0b0100_0100, 0b1100], [0b0100_1110, 0b0100]]
+
+
+def test_columns_that_do_not_split_are_refused(learngene):
+    with open_source(learngene) as source:
+        transfer = plan_extraction(source)
+        ops = [
+            replace(op, shape=(op.shape[0], 6)) if op.target.endswith("attn.q.weight") else op for op in transfer.ops
+        ]
+        with pytest.raises(ConfigError, match=r"attn\.q\.weight do not split into groups of 4"):
+            compressed(replace(transfer, ops=tuple(ops)), "2:4")
+
+
 def test_codes_come_back_whatever_the_width():
     random = np.random.default_rng(1)
     for columns in (1, 2, 7, 8):
@@ -187,7 +257,7 @@ def test_codes_come_back_whatever_the_width():
     assert values_of(codes, scales).tolist() == [[0.0] * 3] * 2
 
 
-@pytest.mark.parametrize("change", ["no scale", "bits", "field"])
+@pytest.mark.parametrize("change", ["no scale", "int8", "2:4", "3:4", "field"])
 def test_damaged_packing_is_refused(tmp_path, learngene, change):
     with open_source(learngene) as source:
         execute(compressed(plan_extraction(source), "int4"), tmp_path / "small", source=source)
@@ -198,7 +268,7 @@ def test_damaged_packing_is_refused(tmp_path, learngene, change):
         del tensors["sws.stages.1.mlp.up.scale"]
         save_file(tensors, file)
     else:
-        raw["sws_packing"] = {"bits": 8, "dtype": "F32"} if change == "bits" else "int4"
+        raw["sws_packing"] = {"form": change, "dtype": "F32"} if change != "field" else "int4"
         config.write_text(json.dumps(raw))
     with pytest.raises(CheckpointError, match=r"packed|packing"):
         open_source(tmp_path / "small")
