@@ -54,7 +54,7 @@ study() { # SEED
   auxiliary "$1" no-guidance unshared:4   # four layers, once each
   run python benchmarks/sws_cpu.py orders "$out/sws-seed$1/learngene" "$windows" "$out/sws-seed$1/orders.json"
   run minherit share expand "$out/sws-seed$1/learngene" "$out/sws-seed$1/auto-10" --depth 10 --place auto --overwrite --windows "$windows"
-  local depth arm long=(train.steps=500 schedule.warmup_steps=20 optimizer.lr=3.0e-3 schedule.floor_lr=3.0e-4 eval.every_steps=50)
+  local depth arm long=(train.steps=500 schedule.warmup_steps=50 optimizer.lr=3.0e-3 schedule.floor_lr=3.0e-4 eval.every_steps=50)
   for depth in 06 10; do
     for arm in sws no-stages no-guidance; do
       train "$1" "L$depth-$arm" "$out/$arm-seed$1/family/depth-$depth"
