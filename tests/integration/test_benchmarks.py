@@ -1,5 +1,6 @@
 """The benchmark scripts go their whole way at toy size on any machine."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,9 @@ def run(*words):
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what it needs")
-@pytest.mark.parametrize("words", [("benchmarks/kernels.py",), ("benchmarks/train.py", "gpu")], ids=str)
+@pytest.mark.parametrize(
+    "words", [("benchmarks/kernels.py",), ("benchmarks/train.py", "gpu"), ("benchmarks/sws_gpu.py",)], ids=str
+)
 def test_a_script_for_a_gpu_says_what_it_needs(words):
     done = run(*words)
     assert done.returncode == 2, done.stderr
@@ -33,6 +36,16 @@ def test_every_kernel_and_rival_is_measured_at_toy_size():
     assert done.returncode == 0, done.stdout + done.stderr
     for name in ("rms_norm", "add_rms_norm", "add_layer_norm", "rope_qkv", "swiglu", "bias_gelu", "linear_kl"):
         assert f"{name} " in done.stdout
+
+
+@pytest.mark.slow
+def test_sharing_and_divergence_are_measured_at_toy_size():
+    done = run("benchmarks/sws_gpu.py", "--toy")
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {row["arm"]: row for row in map(json.loads, done.stdout.splitlines()[:4])}
+    assert rows["fused"]["loss"] == pytest.approx(rows["whole logits"]["loss"], rel=1e-4)
+    assert rows["fused"]["gradient_norm"] == pytest.approx(rows["whole logits"]["gradient_norm"], rel=1e-3)
+    assert rows["shared"]["expected_saving_bytes"] == 3 * 18 * rows["unshared"]["layer_parameters"]
 
 
 @pytest.mark.nightly

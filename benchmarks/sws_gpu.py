@@ -1,0 +1,173 @@
+"""Measures on a GPU what a stage of shared weights saves and costs, and what the fused divergence saves.
+
+    python benchmarks/sws_gpu.py           # one CUDA GPU with 80 GB or more; rows in benchmarks/results/sws_gpu.csv
+    python benchmarks/sws_gpu.py --toy     # the same code, tiny, on any machine; writes no row
+
+One stage of four layers at LLaMA-2-7B's width against four layers of their own: sequences of 4096 tokens in bf16,
+whole blocks recomputed, each arm in a process of its own. Expected: 3 x 18 bytes a parameter of a layer less (weight,
+fp32 gradient, master, two moments) within 5%, tokens/s within 3%. The divergence of two heads of 32,000 tokens over
+8192 rows, fused against whole logits: equal within 1e-3, at most 55% of the peak memory, gradients included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from measuring import append_rows, circumstances
+
+WARM_UP = 3
+LAYERS, BYTES = 4, 18
+FULL = {"length": 4096, "pieces": 8, "steps": 10, "rows": 8192, "width": 1024, "vocab": 32000}
+TOY = {"length": 32, "pieces": 2, "steps": 2, "rows": 48, "width": 32, "vocab": 96}
+ARMS = ("shared", "unshared", "divergence")
+
+
+def measure_stage(arm: str, size: dict[str, int], *, toy: bool) -> list[dict[str, Any]]:
+    """Trains a few steps and gives tokens/s and the largest memory held."""
+    import torch
+    import train
+
+    from megatron_inherit.arch.presets import preset
+    from megatron_inherit.engines.base import EngineOptions
+    from megatron_inherit.sharing.options import Sharing
+    from megatron_inherit.sharing.stage_plan import contiguous
+    from megatron_inherit.sharing.tensors import count_shared
+
+    config, plan = preset("llama-tiny" if toy else "llama-2-7b").with_layers(LAYERS), contiguous((LAYERS,))
+    sharing = Sharing(plan=plan) if arm == "shared" else None
+    options = EngineOptions(dtype="fp32" if toy else "bf16", recompute="full", sharing=sharing)
+    step = train.engine_arm("megatron", options, config)
+    batches = [train.random_batch(config, size["pieces"], size["length"], seed) for seed in range(4)]
+    times = []
+    for index in range(WARM_UP + size["steps"]):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        step(batches[index % 4])
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    times = sorted(times[WARM_UP:])
+    counts = count_shared(config, plan)
+    row = {"arm": arm, "tokens_per_s": round(size["pieces"] * size["length"] / times[len(times) // 2], 1)}
+    expected = (LAYERS - 1) * counts.layer * BYTES
+    return [row | {"peak_bytes": peak(), "layer_parameters": counts.layer, "expected_saving_bytes": expected}]
+
+
+def measure_divergence(size: dict[str, int], *, toy: bool) -> list[dict[str, Any]]:
+    """Gives value, gradients' largest difference and peak memory of the fused divergence and of whole logits."""
+    import torch
+
+    if toy and not torch.cuda.is_available():
+        os.environ.update(TRITON_INTERPRET="1", MINHERIT_KERNELS="triton")
+    from megatron_inherit.kernels import dispatch
+
+    device, dtype = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    generator = torch.Generator(device).manual_seed(1)
+
+    def draw(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype) * scale
+
+    hidden, teacher = draw(size["rows"], size["width"]).requires_grad_(), draw(size["rows"], size["width"])
+    head = draw(size["vocab"], size["width"], scale=0.05).requires_grad_()
+    teacher_head = draw(size["vocab"], size["width"], scale=0.05)
+
+    def whole() -> torch.Tensor:
+        log_q, log_p = (
+            torch.log_softmax((h @ w.t()).float(), -1) for h, w in ((hidden, head), (teacher, teacher_head))
+        )
+        return torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+
+    def fused() -> torch.Tensor:
+        return dispatch.linear_kl(hidden, head, teacher, teacher_head).mean()
+
+    rows = []
+    for name, run in (("fused", fused), ("whole logits", whole)):
+        torch.autograd.grad(run(), (hidden, head))  # compiles, and fills the caches of the libraries
+        before = peak(reset=True)
+        began = time.perf_counter()
+        loss = run()
+        gradients = torch.autograd.grad(loss, (hidden, head))
+        value = float(loss)
+        rows.append({"arm": name, "loss": value, "seconds": round(time.perf_counter() - began, 5)})
+        rows[-1] |= {"peak_bytes": None if before is None else peak() - before}
+        rows[-1] |= {"gradient_norm": float(torch.stack([one.float().norm() for one in gradients]).norm())}
+    return rows
+
+
+def peak(*, reset: bool = False) -> Any:
+    """Gives the largest number of bytes held on the GPU, None without one; ``reset`` starts from what is held now."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.synchronize()
+    if reset:
+        torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.max_memory_allocated()
+
+
+def verdicts(rows: list[dict[str, Any]]) -> list[str]:
+    """Compares what was measured with what is expected."""
+    found = {row["arm"]: row for row in rows}
+    shared, unshared, fused, whole = (found[name] for name in ("shared", "unshared", "fused", "whole logits"))
+    said = [
+        f"tokens/s shared / unshared: {shared['tokens_per_s'] / unshared['tokens_per_s']:.3f} (expected 0.97 to 1.03)"
+    ]
+    said.append(f"divergence fused / whole: {fused['loss'] / whole['loss']:.6f} (expected within 1e-3 of 1)")
+    said.append(f"norm of gradients fused / whole: {fused['gradient_norm'] / whole['gradient_norm']:.6f}")
+    if shared["peak_bytes"] is not None:
+        saved = unshared["peak_bytes"] - shared["peak_bytes"]
+        share = saved / shared["expected_saving_bytes"]
+        said.append(f"saved {saved / 1e9:.2f} GB: {share:.3f} of what is expected (0.95 to 1.05)")
+        said.append(f"peak fused / whole: {fused['peak_bytes'] / whole['peak_bytes']:.3f} (expected at most 0.55)")
+    return said
+
+
+def main() -> int:
+    """Runs each arm in a process of its own."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--toy", action="store_true")
+    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
+    parser.add_argument("--output", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    size = TOY if options.toy else FULL
+    if options.arm:
+        measure = measure_divergence if options.arm == "divergence" else partial(measure_stage, options.arm)
+        options.output.write_text(json.dumps(measure(size, toy=options.toy)))
+        return 0
+    import torch
+
+    if not options.toy and not torch.cuda.is_available():
+        print("sws_gpu.py needs one CUDA GPU with 80 GB of memory or more; --toy runs the same code anywhere.")
+        return 2
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for arm in ARMS:
+            output = Path(folder) / f"{arm}.json"
+            toy = ["--toy"] if options.toy else []
+            subprocess.run([sys.executable, __file__, "--arm", arm, "--output", str(output), *toy], check=True)
+            rows += json.loads(output.read_text())
+    for row in rows:
+        print(json.dumps(row))
+    print("\n".join(verdicts(rows)))
+    if options.toy:
+        print("No row was written: this is no measurement.")
+        return 0
+    common = circumstances("torch", "megatron-core", "triton") | {"device": device}
+    print(append_rows("sws_gpu", [row | common for row in rows]))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
