@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from megatron_inherit.eval.page_table import PageTable
 
 app = typer.Typer(no_args_is_help=True, help="Draw runs and studies on one page.", rich_markup_mode=None)
 
@@ -32,9 +35,29 @@ def report(
         price=price,
         analyses=analysis or (),
         evaluations=evaluation or (),
+        tables=_study_tables(paths),
     )
     _print_arms(paths)
     typer.echo(f"{page}\n{picture}")
+
+
+def _study_tables(paths: list[Path]) -> list[PageTable]:
+    """Gives the tables of the studies that were run in these folders, and of which an arm has finished."""
+    from megatron_inherit.base.errors import ConfigError, DataError
+    from megatron_inherit.base.log import get_logger
+    from megatron_inherit.eval.rerun import studies_in
+    from megatron_inherit.study.compare import read_findings
+    from megatron_inherit.study.pages import page_tables
+
+    tables: list[PageTable] = []
+    for path in (path for folder in paths for path in studies_in(folder)):
+        try:
+            found = read_findings(path)
+        except (ConfigError, DataError) as error:
+            get_logger(__name__).warning("The tables of the study %s are left out: %s", path, error)
+            continue
+        tables += page_tables(found) if found.groups else []
+    return tables
 
 
 def _print_arms(paths: list[Path]) -> None:

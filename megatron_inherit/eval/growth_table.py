@@ -129,15 +129,19 @@ def _rounds(record: Mapping[str, Any]) -> list[GrowthRow]:
 
 
 def _row(name: str, row: Mapping[str, Any], decision: str) -> GrowthRow:
-    figures = {key: row[key] for key in ("layers", "loss", "stderr", "steps", "tokens")}
-    compared = {key: row.get(key) for key in ("gap", "gap_stderr", "parameters")}
     return GrowthRow(
         name=name,
+        layers=row["layers"],
         blocks=row.get("blocks", ""),
+        parameters=row.get("parameters"),
+        loss=row["loss"],
+        stderr=row["stderr"],
+        gap=row.get("gap"),
+        gap_stderr=row.get("gap_stderr"),
         clear=row.get("clear", True),
         decision=decision,
-        **figures,
-        **compared,
+        steps=row["steps"],
+        tokens=row["tokens"],
     )
 
 

@@ -22,6 +22,7 @@ from megatron_inherit.eval.analysis_charts import Drawing, drawings_of
 from megatron_inherit.eval.groups import Group, group_runs
 from megatron_inherit.eval.growth_table import Growth, find_growths
 from megatron_inherit.eval.layer_map import LayerMap, map_of
+from megatron_inherit.eval.page_table import PageTable
 from megatron_inherit.eval.rerun import commands_of_folders, commands_of_run, recipe_text
 from megatron_inherit.eval.run_facts import Arm, Machine, arms_of_groups, machine_of
 from megatron_inherit.eval.runs import Run, find_runs, read_json
@@ -52,6 +53,25 @@ class Chart:
     narrow: str
 
 
+@dataclass(frozen=True)
+class Extras:
+    """What a page shows beside its runs.
+
+    Attributes:
+        analyses: Content of JSON files of ``minherit analyze``.
+        evaluations: Content of JSON files of ``minherit evaluate``, of models that are no runs.
+        growths: What was decided in each growth.
+        tables: What each study found.
+        again: Name of each whole that the runs belong to, and the command that makes it again.
+    """
+
+    analyses: Sequence[Mapping[str, Any]] = ()
+    evaluations: Sequence[Mapping[str, Any]] = ()
+    growths: Sequence[Growth] = ()
+    tables: Sequence[PageTable] = ()
+    again: Sequence[tuple[str, str]] = ()
+
+
 def write_report(
     paths: Sequence[Path],
     *,
@@ -60,6 +80,7 @@ def write_report(
     price: float | None = None,
     analyses: Sequence[Path] = (),
     evaluations: Sequence[Path] = (),
+    tables: Sequence[PageTable] = (),
 ) -> tuple[Path, Path]:
     """Writes the page and, beside it under the same name, the picture.
 
@@ -70,6 +91,7 @@ def write_report(
         price: Money for one device-hour, for the cost lines; without it only device-hours are given.
         analyses: JSON files of ``minherit analyze`` to show too.
         evaluations: JSON files of ``minherit evaluate --out``, of models that are no runs (a teacher, say).
+        tables: What a study found.
 
     Returns:
         The HTML and the PNG file.
@@ -86,19 +108,15 @@ def write_report(
         raise UsageError(
             f"{out} is the place of the picture.", fix=f"Name the page, such as {out.with_suffix('.html')}."
         )
-    analysed = [_given(path, "analyze", drawings_of) for path in analyses]
-    evaluated = [_given(path, "evaluate", lambda value: "checkpoint" in value) for path in evaluations]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    page = render(
-        runs,
-        title=title,
-        price=price,
-        analyses=analysed,
-        evaluations=evaluated,
+    extras = Extras(
+        analyses=[_given(path, "analyze", drawings_of) for path in analyses],
+        evaluations=[_given(path, "evaluate", lambda value: "checkpoint" in value) for path in evaluations],
         growths=find_growths(paths),
+        tables=tables,
         again=commands_of_folders(paths),
     )
-    write_text(out, page)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, render(runs, title=title, price=price, extras=extras))
     write_bytes(picture, picture_of(runs))
     return out, picture
 
@@ -113,17 +131,9 @@ def _given(path: Path, command: str, is_of: Callable[[Mapping[str, Any]], object
     return value
 
 
-def render(
-    runs: Sequence[Run],
-    *,
-    title: str = "",
-    price: float | None = None,
-    analyses: Sequence[Mapping[str, Any]] = (),
-    evaluations: Sequence[Mapping[str, Any]] = (),
-    growths: Sequence[Growth] = (),
-    again: Sequence[tuple[str, str]] = (),
-) -> str:
+def render(runs: Sequence[Run], *, title: str = "", price: float | None = None, extras: Extras | None = None) -> str:
     """Gives the page's HTML; nothing in it is fetched from elsewhere."""
+    extras = extras or Extras()
     groups = group_runs(runs)
     arms = arms_of_groups(groups)
     students = [group for group, arm in zip(groups, arms, strict=True) if not arm.is_teacher]
@@ -147,26 +157,27 @@ def render(
         "maps": maps,
         "map_key": [(state, words) for state, words in MAP_KEY if any(drawing.has(state) for *_, drawing in maps)],
         "best": best,
-        "growths": [(growth, _growth_chart(growth)) for growth in growths],
+        "growths": [(growth, _growth_chart(growth)) for growth in extras.growths],
         "charts": [
             *_loss_charts(students, teacher),
-            *([] if growths else _sweep_chart([arm for arm in arms if not arm.is_teacher])),
+            *([] if extras.growths else _sweep_chart([arm for arm in arms if not arm.is_teacher])),
         ],
         "tasks": task_tables(
-            [(Path(result["checkpoint"]).name, result) for result in evaluations]
+            [(Path(result["checkpoint"]).name, result) for result in extras.evaluations]
             + [(group.label, result) for group in groups for result in evaluations_of(group)]
         ),
         "training_tasks": task_tables(
             [(group.label, result) for group in groups for result in training_scores_of(group)]
         ),
         "task_charts": [_task_chart(name, curves) for name, curves in task_curves(groups).items()],
-        "analyses": [_drawn(drawing) for analysis in analyses for drawing in drawings_of(analysis)],
+        "analyses": [_drawn(drawing) for analysis in extras.analyses for drawing in drawings_of(analysis)],
         "machines": _machines(runs),
         "formula": MFU_FORMULAS.get(arms[0].mfu_formula, arms[0].mfu_formula),
         "price": price,
         "paced": paced.label,
         "costs": [(budget, _cost(paced, budget, price)) for budget in LONG_BUDGETS],
-        "whole": again,
+        "tables": extras.tables,
+        "whole": extras.again,
         "commands": [(group.label, *commands_of_run(group.runs[0])) for group in groups],
         "recipes": [(group.label, recipe_text(group.runs[0])) for group in groups if group.runs[0].recipe],
     }

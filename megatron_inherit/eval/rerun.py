@@ -30,10 +30,14 @@ def commands_of_folders(folders: Iterable[Path]) -> list[tuple[str, str]]:
         if (folder / RECORD).is_file():
             recipe = shlex.quote(str(folder / "grow.yaml"))
             found.append((f"growth {folder.resolve().name}", f"minherit grow {recipe} run.output={there}"))
-        for path in sorted(folder.glob("*.yaml")):
-            if _is_study(path):
-                found.append((f"study {path.stem}", f"minherit study run {shlex.quote(str(path))} --out {there}"))
+        for path in studies_in(folder):
+            found.append((f"study {path.stem}", f"minherit study run {shlex.quote(str(path))} --out {there}"))
     return found
+
+
+def studies_in(folder: Path) -> list[Path]:
+    """Lists the YAML files of studies in a folder."""
+    return [path for path in sorted(folder.glob("*.yaml")) if _is_study(path)]
 
 
 def recipe_text(run: Run) -> str:

@@ -152,7 +152,7 @@ def _together(results: Iterable[Result]) -> list[Result]:
         names.setdefault(suite, result.get("published_names") or [])
         for row in result["rows"]:
             suites.setdefault(suite, {}).setdefault(_key(row), []).append(row)
-    joined = []
+    joined: list[Result] = []
     for suite, rows in suites.items():
         merged = []
         for same in rows.values():

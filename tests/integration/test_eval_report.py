@@ -157,7 +157,7 @@ def test_a_growth_shows_each_decision(tmp_path):
     assert f"minherit grow {tmp_path}/growth/grow.yaml run.output={tmp_path}/growth-again" in page
 
 
-def test_a_study_is_run_again_as_a_whole(study, tmp_path):
+def test_a_study_is_run_again_as_a_whole(study, tmp_path, capsys):
     (study / "notes.yaml").write_text("a: [1, 2]\n")
     (study / "mine.yaml").write_text(yaml.safe_dump({"name": "mine", "question": "Why?", "recipe": {}, "arms": []}))
     out = tmp_path / "report.html"
@@ -165,6 +165,19 @@ def test_a_study_is_run_again_as_a_whole(study, tmp_path):
     page = out.read_text()
     assert f"minherit study run {study}/mine.yaml --out {study}-again" in page
     assert "notes.yaml" not in page
+    assert "mine.yaml are left out" in capsys.readouterr().err
+
+
+def test_what_a_study_found_stands_on_its_page(study, tmp_path):
+    from megatron_inherit.eval.page_table import PageTable
+    from megatron_inherit.eval.report import write_report
+
+    table = PageTable("Study <one>", "Which?", ("arm", "gap"), [("all", "-0.394"), ("random", "control")], "Paired.")
+    page, _ = write_report([study], out=tmp_path / "report.html", tables=[table])
+    text = page.read_text()
+    assert "<h2>Study &lt;one&gt;</h2>" in text
+    assert '<tr><th scope="row">all</th><td>-0.394</td></tr>' in text
+    assert "Paired." in text
 
 
 def test_no_run_is_a_usage_error(tmp_path, capsys):

@@ -15,6 +15,8 @@ from pathlib import Path
 from megatron_inherit.study.arms import CONSOLE, RECIPE, Trainer
 
 PR_SET_PDEATHSIG = 1
+OF_A_WORLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Variables of ``forked_world``: each run makes a world of its own."""
 
 
 class ForkedProcess:
@@ -60,7 +62,7 @@ class ForkedTrainer(Trainer):
             sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
             sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
             os.environ.clear()
-            os.environ.update(environment)
+            os.environ.update({name: value for name, value in environment.items() if name not in OF_A_WORLD})
             for number in (signal.SIGTERM, signal.SIGUSR1):
                 signal.signal(number, signal.SIG_DFL)
             from megatron_inherit.cli.main import main

@@ -9,6 +9,9 @@ def test_a_runs_figures_replace_the_note_of_the_untrained_card(tmp_path):
     (path / "evaluations").mkdir()
     row = {"task": "piqa", "metric": "acc", "shots": 0, "items": 100, "value": 0.61, "stderr": 0.049}
     (path / "evaluations" / "tasks.json").write_text(json.dumps({"rows": [row]}))
+    scores = {"kind": "tasks", "step": 60, "tokens": 30720, "boolq/acc": 0.52, "boolq/acc_stderr": 0.03}
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(scores) + "\n")
     step = path / "checkpoints" / "step_00000060"
     step.mkdir(parents=True)
     model = tmp_path / "model"
@@ -22,6 +25,7 @@ def test_a_runs_figures_replace_the_note_of_the_untrained_card(tmp_path):
     assert "| validation loss | 2.500 ± 0.020 nats a token |" in card
     assert "| model FLOPs utilisation (palm) | 41.0% |" in card
     assert "| piqa | acc | 0 | 100 | 0.610 ± 0.049 |" in card
+    assert "## Tasks, in training\n\n| task | metric | value |\n|---|---|---|\n| boolq | acc | 0.520 ± 0.030 |" in card
     assert (model / "evaluations" / "tasks.json").is_file()
     assert ("loss_curve.png" in card) == (model / "loss_curve.png").is_file()
 
