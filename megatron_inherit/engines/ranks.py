@@ -9,6 +9,10 @@ import torch
 import torch.distributed as dist
 import xxhash
 
+from megatron_inherit.model.groups import gather_text
+
+__all__ = ["any_rank", "gather_text", "hash_tensors", "make_deterministic", "sum_over"]
+
 
 def make_deterministic() -> None:
     """Makes torch choose algorithms that give the same bits in every run, or raise where it has none."""
@@ -28,20 +32,6 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     value = torch.tensor([int(flag)], dtype=torch.int32, device=device)
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return bool(value.item())
-
-
-def gather_text(text: str, device: torch.device) -> list[str]:
-    """Gives every rank's text on every rank; bytes travel, never a pickle."""
-    data = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8).to(device)
-    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([data.numel()], dtype=torch.int64, device=device))
-    longest = max(int(size.item()) for size in sizes)
-    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
-    padded[: data.numel()] = data
-    texts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(texts, padded)
-    raw = [bytes(t[: int(size.item())].cpu().numpy()) for t, size in zip(texts, sizes, strict=True)]
-    return ["" if one == b"\0" else one.decode() for one in raw]
 
 
 def hash_tensors(tensors: Sequence[torch.Tensor]) -> str:

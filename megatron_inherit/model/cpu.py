@@ -8,12 +8,10 @@ that works is changed; where CUDA exists the block does nothing.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
@@ -89,35 +87,3 @@ def cuda_means_cpu() -> Iterator[None]:
         _depth -= 1
         for name, value in saved.items():
             setattr(torch.cuda, name, value)
-
-
-_groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
-_groups_of: list[dist.ProcessGroup | None] = []
-
-
-@contextlib.contextmanager
-def shared_groups() -> Iterator[None]:
-    """Opens a block in which Megatron-Core's groups of equal ranks are one group; does nothing where CUDA exists.
-
-    Every group of gloo has threads that wake a hundred times a second, and Megatron-Core makes over twenty groups a
-    process that it never leaves. The groups outlive the block and serve the next one of the same world.
-    """
-    if torch.cuda.is_available():
-        yield
-        return
-    if _groups_of != [dist.group.WORLD]:
-        _groups.clear()
-        _groups_of[:] = [dist.group.WORLD]
-    create = parallel_state.create_group
-
-    def shared(ranks: Sequence[int], **options: Any) -> dist.ProcessGroup:
-        key = tuple(ranks)
-        if key not in _groups:
-            _groups[key] = create(ranks, **options)
-        return _groups[key]
-
-    parallel_state.create_group = shared
-    try:
-        yield
-    finally:
-        parallel_state.create_group = create

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -13,7 +16,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
 from megatron_inherit.base.errors import ConfigError
-from megatron_inherit.model.cpu import shared_groups
 
 _LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -47,7 +49,7 @@ def start_processes(*, timeout_s: float = 600.0) -> torch.device:
 
 
 def make_groups(*, tp: int = 1, pp: int = 1, vpp: int = 1, cp: int = 1) -> ProcessGroupCollection:
-    """Cuts the joined processes into groups; replaces an earlier cut.
+    """Cuts the joined processes into groups; replaces an earlier cut, whose groups serve the new one where they can.
 
     Args:
         tp: Tensor parallel size.
@@ -57,7 +59,7 @@ def make_groups(*, tp: int = 1, pp: int = 1, vpp: int = 1, cp: int = 1) -> Proce
     """
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    with shared_groups():
+    with _kept_groups():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tp,
             pipeline_model_parallel_size=pp,
@@ -69,10 +71,67 @@ def make_groups(*, tp: int = 1, pp: int = 1, vpp: int = 1, cp: int = 1) -> Proce
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
+_kept: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
+_kept_of: list[dist.ProcessGroup | None] = []
+
+
+def group_of(
+    ranks: Sequence[int], purpose: str, make: Callable[..., dist.ProcessGroup] = dist.new_group
+) -> dist.ProcessGroup:
+    """Gives the group of some ranks, made once and kept as long as the processes stay joined.
+
+    A model that is built anew so finds the groups of the one before it, which nothing else would leave. All ranks of
+    the job ask for the same groups in the same order. Every group of gloo has threads that wake a hundred times a
+    second: without CUDA one group serves all purposes.
+
+    Args:
+        ranks: Ranks of the job.
+        purpose: Groups of NCCL that may talk at the same time have purposes of their own.
+        make: Makes it from ``ranks``.
+    """
+    if _kept_of != [dist.group.WORLD]:
+        _kept.clear()
+        _kept_of[:] = [dist.group.WORLD]
+    key = purpose if torch.cuda.is_available() else "", tuple(ranks)
+    if key not in _kept:
+        _kept[key] = make(list(ranks))
+    return _kept[key]
+
+
+@contextlib.contextmanager
+def _kept_groups() -> Iterator[None]:
+    """Opens a block in which Megatron-Core takes its groups from ``group_of``."""
+    create = parallel_state.create_group
+
+    def kept(ranks: Sequence[int], *, group_desc: str, **options: object) -> dist.ProcessGroup:
+        return group_of(ranks, group_desc, partial(create, group_desc=group_desc, **options))
+
+    parallel_state.create_group = kept
+    try:
+        yield
+    finally:
+        parallel_state.create_group = create
+
+
+def gather_text(text: str, device: torch.device, group: dist.ProcessGroup | None = None) -> list[str]:
+    """Gives every rank's text on every rank of a group (None: all); bytes travel, never a pickle."""
+    data = torch.frombuffer(bytearray(text.encode() or b"\0"), dtype=torch.uint8).to(device)
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, torch.tensor([data.numel()], dtype=torch.int64, device=device), group=group)
+    longest = max(int(size.item()) for size in sizes)
+    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+    padded[: data.numel()] = data
+    texts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(texts, padded, group=group)
+    raw = [bytes(t[: int(size.item())].cpu().numpy()) for t, size in zip(texts, sizes, strict=True)]
+    return ["" if one == b"\0" else one.decode() for one in raw]
+
+
 def leave_processes() -> None:
     """Leaves all groups; a barrier comes first, for gloo aborts a process that leaves while others still talk."""
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
+    _kept.clear()
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

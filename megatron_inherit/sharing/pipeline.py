@@ -8,6 +8,7 @@ Leaving any one of them out trains a different model and says nothing.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_inherit.base.errors import CheckpointError, ConfigError
+from megatron_inherit.model.groups import gather_text, group_of
 from megatron_inherit.sharing.aux_model import StageKey, StageParameters
 from megatron_inherit.sharing.options import Sharing
 from megatron_inherit.sharing.partition import Partition, Tie
@@ -26,7 +28,7 @@ Group = Any
 
 
 def make_tie_groups(partition: Partition, pipeline_group: Group) -> dict[tuple[int, ...], Group]:
-    """Makes one process group for each set of pipeline ranks that shares a stage; called by all ranks of the job.
+    """Gives one process group for each set of pipeline ranks that shares a stage; called by all ranks of the job.
 
     Args:
         partition: Which layers each pipeline rank has.
@@ -36,12 +38,11 @@ def make_tie_groups(partition: Partition, pipeline_group: Group) -> dict[tuple[i
         Pipeline ranks -> group, of the sets this rank belongs to.
     """
     mine = tuple(dist.get_process_group_ranks(pipeline_group))
-    everyone: list[tuple[int, ...]] = [()] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    everyone = {tuple(json.loads(text)) for text in gather_text(json.dumps(mine), _device())}
     found: dict[tuple[int, ...], Group] = {}
-    for pipeline in sorted(set(everyone)):
+    for pipeline in sorted(everyone):
         for ranks in sorted({tie.ranks for tie in partition.ties}):
-            group = dist.new_group([pipeline[rank] for rank in ranks])
+            group = group_of([pipeline[rank] for rank in ranks], "shared stage")
             if pipeline == mine and dist.get_rank(pipeline_group) in ranks:
                 found[ranks] = group
     return found
@@ -141,8 +142,7 @@ class TiedStages:
         """
         if not self.partition.ties:
             return
-        everyone = [""] * dist.get_world_size()
-        dist.all_gather_object(everyone, "; ".join(self._differences()))
+        everyone = gather_text("; ".join(self._differences()), _device())
         found = next((text for text in everyone if text), "")
         if found:
             raise CheckpointError(
@@ -155,12 +155,15 @@ class TiedStages:
     def _differences(self) -> list[str]:
         found = []
         for copy in self.copies:
-            hashes: list[str] = [""] * len(copy.tie.ranks)
-            dist.all_gather_object(hashes, hash_values([copy.parameter]), group=copy.group)
+            hashes = gather_text(hash_values([copy.parameter]), _device(), copy.group)
             if len(set(hashes)) > 1:
                 place = f"{copy.key.path} of stage {copy.key.physical} on pipeline ranks {copy.tie.ranks}"
                 found.append(f"{place}: {', '.join(hashes)}")
         return found[:3]
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 @torch.no_grad()
