@@ -62,8 +62,9 @@ def train(run: Session) -> RunState:
             samples = next_samples(run, state)
             lr = run.plan.schedule.learning_rate(state.step + 1)
             clock.ready()
-            result = run.engine.train_step(samples.micro_batches, lr=lr)
-            clock.done()
+            with run.pace.watching(state.step + 1):
+                result = run.engine.train_step(samples.micro_batches, lr=lr)
+                clock.done()
             state, verdict = account(run, state, samples, result, clock)
             log_step(run, state, samples, result, lr, clock, progress)
             if verdict == "rollback":

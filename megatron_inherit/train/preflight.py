@@ -163,6 +163,12 @@ def engine_options(config: RunConfig, sharing: Sharing | None = None) -> EngineO
     )
 
 
+def passes_wait(plan: RunPlan) -> bool:
+    """Tells whether a rank's passes through its part of the model wait for those of others."""
+    options = plan.options
+    return options.tp > 1 or options.cp > 1 or (plan.config.engine == "deepspeed" and options.zero_stage == 3)
+
+
 def _preset_of(config: RunConfig) -> ModelConfig:
     section = config.model
     fields = [field.name for field in dataclasses.fields(ModelConfig)]

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 WAIT_STEPS = 10
+
+
+def quiet_profiler() -> ModuleType:
+    """Imports torch.profiler, which else announces each of its starts and stops on the terminal."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    return importlib.import_module("torch.profiler")
 
 
 class Profiler:
@@ -22,13 +31,12 @@ class Profiler:
         self._profile: Any = None
         if folder is None:
             return
-        from torch.profiler import profile, schedule
-
+        torch_profiler = quiet_profiler()
         folder.mkdir(parents=True, exist_ok=True)
         steps = min(steps, max(1, session_steps - 1))
         wait = max(0, min(WAIT_STEPS, session_steps - steps - 1))
-        self._profile = profile(
-            schedule=schedule(wait=wait, warmup=1, active=steps, repeat=1),
+        self._profile = torch_profiler.profile(
+            schedule=torch_profiler.schedule(wait=wait, warmup=1, active=steps, repeat=1),
             on_trace_ready=lambda done: done.export_chrome_trace(str(folder / f"rank_{rank:05d}.json")),
             record_shapes=True,
         )

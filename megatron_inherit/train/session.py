@@ -28,7 +28,7 @@ from megatron_inherit.train.inputs import identity_of, open_data, read_side_file
 from megatron_inherit.train.loggers import open_loggers
 from megatron_inherit.train.metrics import MetricsLog, Speedometer, speedometer
 from megatron_inherit.train.pace import Pace
-from megatron_inherit.train.preflight import RunPlan
+from megatron_inherit.train.preflight import RunPlan, passes_wait
 from megatron_inherit.train.profiling import Profiler
 from megatron_inherit.train.resume import Identity, refuse_existing
 from megatron_inherit.train.run_folder import (
@@ -143,7 +143,12 @@ def open_session(plan: RunPlan, *, resume: Resume = "auto", profile: bool = Fals
             meter=_meter(plan),
             watchdog=watchdog,
             stop=stop,
-            pace=Pace(guard.straggler_score),
+            pace=Pace(
+                guard.straggler_score,
+                every_steps=guard.straggler_every_steps,
+                tensor_ranks=plan.options.tp,
+                recorded=plan.world_size > 1 and passes_wait(plan) and device_name() == "cpu" and not profile,
+            ),
             spikes=SpikePolicy(guard.spike_window, guard.spike_sigma, guard.spike_patience),
             profile=_profile(plan, rank, profile),
             tasks=tasks,

@@ -52,7 +52,7 @@ def compare_ranks(run: Session, state: RunState) -> None:
                     slow.host,
                     slow.score,
                     slow.own_seconds,
-                    slow.forward_seconds,
+                    slow.busy_seconds or slow.forward_seconds,
                 )
     if several and state.step % guard.weight_hash_every_steps == 0:
         unequal = unequal_ranks(run.engine)

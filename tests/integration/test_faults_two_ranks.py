@@ -146,6 +146,24 @@ def test_a_slow_rank_is_reported_and_the_loss_is_the_same(tmp_path, corpus, refe
     assert not rows(reference, "straggler")
 
 
+@pytest.mark.parametrize(
+    "layout", [["parallel.tp=2"], ["engine=deepspeed", "deepspeed.zero_stage=3"]], ids=["tp2", "zero3"]
+)
+def test_a_slow_rank_for_which_the_others_wait_within_the_step_is_reported(tmp_path, corpus, layout):
+    words = [*layout, "train.steps=10"]
+    ended = train(tmp_path / "calm", corpus, *words)
+    assert ended.codes == [0, 0], ended.text
+    assert not rows(tmp_path / "calm/run", "straggler")
+    ended = train(tmp_path / "slow", corpus, *words, before=sabotage(dawdle(0.1)))
+    assert ended.codes == [0, 0], ended.text
+    first, *more = rows(tmp_path / "slow/run", "straggler")
+    assert (first["rank"], first["step"]) == (1, 5)
+    assert first["score"] < 0.7
+    assert first["busy_seconds"] > 0.2
+    assert {report["rank"] for report in more} <= {1}
+    assert curve(tmp_path / "slow/run") == curve(tmp_path / "calm/run")
+
+
 def test_a_gradient_that_is_not_finite_is_skipped_on_both(tmp_path, corpus, reference):
     ended = train(tmp_path, corpus, before=sabotage(poison(lambda first: first // 8 == 6)))
     assert ended.codes == [0, 0], ended.text

@@ -19,7 +19,7 @@ from megatron_inherit.train.checkpointing import (
     require_checkpoint_space,
     retire,
 )
-from megatron_inherit.train.pace import Pace, unequal_ranks
+from megatron_inherit.train.pace import Pace, covered, unequal_ranks
 from megatron_inherit.train.resume import Identity
 from megatron_inherit.train.run_folder import RunLock, clear_exit_status, locked, process_start, write_exit_status
 from megatron_inherit.train.spikes import SpikePolicy
@@ -185,7 +185,8 @@ def test_unequal_weights_name_the_minority():
 
 def test_a_slow_rank_has_a_low_score():
     def other(**changes):
-        return json.dumps({"own": 0.01, "forward": 0.05, "whole": 0.3, "probe": 0.0, "host": "h", "part": 0} | changes)
+        values = {"own": 0.01, "forward": 0.05, "busy": 0.0, "whole": 0.3, "probe": 0.0, "host": "h", "stage": 0}
+        return json.dumps(values | changes)
 
     def stragglers(*others):
         pace = Pace(0.7)
@@ -198,7 +199,12 @@ def test_a_slow_rank_has_a_low_score():
         assert found.rank == 1
         assert found.score == pytest.approx(1 - 0.2 / 0.3)
     assert stragglers(other()) == []
-    assert stragglers(other(forward=0.25, part=1), other(forward=0.25, part=1)) == [], "another stage has other work"
+    assert stragglers(other(forward=0.25, stage=1), other(forward=0.25, stage=1)) == [], "another stage has other work"
+
+
+def test_what_spans_cover_is_counted_once():
+    assert covered([]) == 0.0
+    assert covered([(5.0, 6.0), (1.0, 3.0), (2.0, 4.0), (2.5, 2.75)]) == 4.0
 
 
 def test_a_watchdog_speaks_only_without_progress(tmp_path):
