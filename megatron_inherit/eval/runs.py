@@ -95,11 +95,17 @@ class Run:
         return self.inheritance.get("plan") or {}
 
     def is_teacher_of(self, other: Run) -> bool:
-        """Tells whether the other run's student was cut from this run's checkpoints."""
+        """Tells whether the other run's student was cut from this run's checkpoints, or from what this run scores.
+
+        A run that was itself cut from another, such as a growth's round from which the next one grows, is no teacher.
+        """
         taken = (other.plan.get("origin") or {}).get("path")
         if not taken or other is self:
             return False
-        own, parts = self.path.absolute().parts, Path(taken).parts
+        scored = (self.recipe.get("model") or {}).get("path") if not self.train else None
+        if not scored and self.inheritance:
+            return False
+        own, parts = Path(scored or self.path).absolute().parts, Path(taken).parts
         return any(own == parts[:end] or own[-end:] == parts[:end] for end in range(len(parts), 0, -1) if end > 1)
 
     @cached_property
@@ -144,18 +150,22 @@ def load_run(path: Path, label: str = "") -> Run:
 def find_runs(paths: Iterable[Path]) -> list[Run]:
     """Reads runs and studies; a study is a folder with run folders below it, which take their labels from there.
 
+    With several paths a study's name is a part of its runs' labels.
+
     Raises:
         UsageError: A path holds neither.
     """
     runs: list[Run] = []
-    for path in map(Path, paths):
+    paths = list(map(Path, paths))
+    for path in paths:
         if (path / METRICS).is_file():
             runs.append(load_run(path))
             continue
         below = sorted(file.parent for file in path.rglob(METRICS))
         if not below:
             raise UsageError(f"{path} is neither a run nor a study: no {METRICS} in it or below it.")
-        runs += [load_run(folder, str(folder.relative_to(path))) for folder in below]
+        base = path.resolve().name if len(paths) > 1 else ""
+        runs += [load_run(folder, str(Path(base, folder.relative_to(path)))) for folder in below]
     return runs
 
 

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import yaml
 
 from megatron_inherit.base.errors import DataError, UsageError
 from megatron_inherit.eval.run_facts import arms_of, machine_of
@@ -86,3 +87,32 @@ def test_the_environment_becomes_named_lines(tmp_path):
     rows = dict(machine_of(load_run(write_run(tmp_path / "a"))).rows)
     assert rows["versions: torch"] == "2.13.0"
     assert rows["world size"] == "2"
+
+
+def test_the_scored_teacher_of_a_growth_is_its_teacher_and_no_round_is(tmp_path):
+    def start(run, origin):
+        (run / "start").mkdir()
+        plan = {"ops": [{"op": "copy", "target": "embed.weight"}], "origin": {"path": str(origin)}}
+        (run / "start" / "inherit.json").write_text(json.dumps({"plan": plan}))
+        recipe = yaml.safe_load((run / "run.yaml").read_text())
+        recipe["model"]["path"] = str(run / "start")
+        (run / "run.yaml").write_text(yaml.safe_dump(recipe))
+
+    given, growth = tmp_path / "given", tmp_path / "growth"
+    teacher = write_run(growth / "teacher", layers=8, model_path=str(given))
+    rows = [json.loads(line) for line in (teacher / "metrics.jsonl").read_text().splitlines()]
+    scored = [json.dumps(row) for row in rows if row["kind"] == "eval" and not row["step"]]
+    (teacher / "metrics.jsonl").write_text("\n".join(scored) + "\n")
+    first = write_run(growth / "round-1")
+    start(first, given / "checkpoints" / "step_00000060")
+    second = write_run(growth / "round-2", layers=6)
+    start(second, first / "checkpoints" / "step_00000060")
+    arms = {arm.label: arm.is_teacher for arm in arms_of(find_runs([growth]))}
+    assert arms == {"round-1": False, "round-2": False, "teacher": True}
+
+
+def test_runs_of_two_folders_are_told_apart(tmp_path):
+    for name in ("restart", "continue"):
+        write_run(tmp_path / name / "round-1")
+    labels = [run.label for run in find_runs([tmp_path / "restart", tmp_path / "continue"])]
+    assert labels == ["restart/round-1", "continue/round-1"]
