@@ -76,7 +76,7 @@ def _print(found: Findings) -> None:
 
     from megatron_inherit.study.compare import table_of
 
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    console = Console(width=None if sys.stdout.isatty() else 180)
     section = found.study.section
     console.print(f"[bold]{section.name}[/bold]: {section.question}")
     if found.teacher is not None and found.teacher.final is not None:

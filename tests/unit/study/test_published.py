@@ -15,6 +15,7 @@ ROWS = ROOT / "benchmarks" / "results"
 PAGES = {
     "initialisation.md": "study_initialisation.csv",
     "layer-choice.md": "study_layers.csv",
+    "baselines.md": "study_baselines.csv",
     "rewarming.md": "study_rewarming.csv",
 }
 
