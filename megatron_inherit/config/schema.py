@@ -180,16 +180,38 @@ class ParallelSection(Section):
     timeout_seconds: Rate = 600.0
 
 
+class AioSection(Section):
+    """How DeepSpeed reads and writes ``deepspeed.nvme_path``.
+
+    Attributes:
+        block_size: Bytes of one request.
+        queue_depth: Requests at a time.
+        intra_op_parallelism: Threads of a rank.
+        single_submit: Requests are handed over one by one.
+        overlap_events: Handing over and waiting overlap.
+    """
+
+    block_size: Positive = 1 << 20
+    queue_depth: Positive = 8
+    intra_op_parallelism: Positive = 1
+    single_submit: bool = False
+    overlap_events: bool = True
+
+
 class DeepSpeedSection(Section):
     """Read with ``engine: deepspeed`` only.
 
     Attributes:
         zero_stage: What is sharded over the replicas: 1 optimizer, 2 and gradients, 3 and weights.
         offload: What is kept in host memory.
+        nvme_path: Folder of a local disk, on every node, for the optimizer state, which then is not in host memory.
+        aio: How that disk is used.
     """
 
     zero_stage: Annotated[int, BeforeValidator(no_bool), Field(ge=0, le=3)] = 1
     offload: Literal["none", "optimizer", "all"] = "none"
+    nvme_path: Text | None = None
+    aio: AioSection = AioSection()
 
 
 class MegatronSection(Section):

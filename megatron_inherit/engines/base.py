@@ -6,7 +6,7 @@ one of two kinds from ``EngineOptions``; ``engines/check.py:check_options`` says
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -42,6 +42,8 @@ class EngineOptions:
         clip: Largest L2 norm of the whole gradient; 0 leaves it as it is.
         overlap_grad_reduce, overlap_param_gather: Hides communication behind computation.
         offload: What DeepSpeed keeps in host memory.
+        nvme_path: Folder in which it keeps the optimizer state instead, or empty.
+        aio: How it reads and writes there, DeepSpeed's ``aio`` settings.
         deterministic: The same bits in every run, at some cost on a GPU.
         timeout_s: Seconds after which a collective that hangs raises.
         sharing: Which layers apply the same weights, or None; then a pipeline is cut between them.
@@ -68,6 +70,8 @@ class EngineOptions:
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
     offload: Literal["none", "optimizer", "all"] = "none"
+    nvme_path: str = ""
+    aio: Mapping[str, int | bool] = field(default_factory=dict)
     deterministic: bool = False
     timeout_s: float = 600.0
     sharing: Sharing | None = None

@@ -194,6 +194,12 @@ def _check_deepspeed(options: EngineOptions) -> None:
         raise ConfigError(
             "deepspeed.offload: needs ZeRO.", fix="Set deepspeed.zero_stage to 1, 2 or 3, or deepspeed.offload to none."
         )
+    if options.nvme_path and (options.offload == "none" or options.zero_stage < 3):
+        raise ConfigError(
+            "deepspeed.nvme_path: the optimizer state is kept on a disk with ZeRO-3 and deepspeed.offload only.",
+            got=f"zero_stage {options.zero_stage}, offload {options.offload}",
+            fix="Set deepspeed.zero_stage=3 and deepspeed.offload=optimizer or all, or leave deepspeed.nvme_path out.",
+        )
     if options.offload == "all" and options.zero_stage < 3:
         raise ConfigError(
             "deepspeed.offload: of the weights too, it needs ZeRO-3.",

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from megatron_inherit.arch.counts import count_parameters
 from megatron_inherit.arch.model_config import ModelConfig
 from megatron_inherit.arch.presets import preset
@@ -145,6 +147,8 @@ def engine_options(config: RunConfig, sharing: Sharing | None = None) -> EngineO
         last_stage_layers=parallel.last_stage_layers,
         zero_stage=config.deepspeed.zero_stage,
         offload=config.deepspeed.offload if config.engine == "deepspeed" else "none",
+        nvme_path=_nvme_folder(config),
+        aio=config.deepspeed.aio.model_dump(),
         distributed_optimizer=config.megatron.distributed_optimizer,
         overlap_grad_reduce=config.megatron.overlap_grad_reduce,
         overlap_param_gather=config.megatron.overlap_param_gather,
@@ -167,6 +171,15 @@ def passes_wait(plan: RunPlan) -> bool:
     """Tells whether a rank's passes through its part of the model wait for those of others."""
     options = plan.options
     return options.tp > 1 or options.cp > 1 or (plan.config.engine == "deepspeed" and options.zero_stage == 3)
+
+
+def _nvme_folder(config: RunConfig) -> str:
+    """Gives a run's own folder on the local disk: DeepSpeed names its files the same in every run."""
+    path = config.deepspeed.nvme_path
+    if path is None or config.engine != "deepspeed":
+        return ""
+    run = xxhash.xxh3_64_hexdigest(os.path.abspath(config.run.output).encode())
+    return os.path.join(path, f"minherit-{run}")
 
 
 def _preset_of(config: RunConfig) -> ModelConfig:

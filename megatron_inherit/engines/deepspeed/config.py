@@ -48,10 +48,13 @@ def deepspeed_config(options: EngineOptions, *, replicas: int) -> dict[str, Any]
         "contiguous_gradients": True,
         "reduce_scatter": True,
     }
+    pinned = torch.cuda.is_available()
     if options.offload != "none":
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
+    if options.nvme_path:
+        zero["offload_optimizer"] = {"device": "nvme", "nvme_path": options.nvme_path, "pin_memory": pinned}
     if options.offload == "all":
-        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_param"] = {"device": "cpu", "pin_memory": pinned}
     config: dict[str, Any] = {
         "train_batch_size": options.micro_batch * replicas,
         "train_micro_batch_size_per_gpu": options.micro_batch,
@@ -64,6 +67,8 @@ def deepspeed_config(options: EngineOptions, *, replicas: int) -> dict[str, Any]
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
     }
+    if options.nvme_path:
+        config["aio"] = dict(options.aio)
     if options.dtype == "bf16":
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
     return config

@@ -20,7 +20,7 @@ from megatron_inherit.distill.options import Distill
 from megatron_inherit.engines import ranks
 from megatron_inherit.engines.base import EngineOptions, Part, ReadPart, StepResult, Topology
 from megatron_inherit.engines.batches import count_tokens, equal_micro_batches, model_inputs
-from megatron_inherit.engines.deepspeed import shards
+from megatron_inherit.engines.deepspeed import nvme, shards
 from megatron_inherit.engines.deepspeed.adam import ClippedAdamW
 from megatron_inherit.engines.deepspeed.config import deepspeed_config, import_deepspeed, mpu_of
 from megatron_inherit.engines.deepspeed.edits import GradientEdits
@@ -60,6 +60,8 @@ class DeepSpeedEngine:
         self.device = start_processes(timeout_s=options.timeout_s)
         self.groups = make_groups(tp=options.tp)
         deepspeed = import_deepspeed()
+        if options.nvme_path:
+            nvme.require_nvme(options.nvme_path, self.gather_text)
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False, dist_init_required=False)
         groups = self.groups
         self.topology = Topology(
@@ -85,7 +87,7 @@ class DeepSpeedEngine:
     def rebuild(self, options: EngineOptions, read: Reader, distill: Distill | None = None) -> None:
         """Makes the engine anew in its place, within the same processes."""
         config = self.config
-        self.engine.destroy()
+        self._end()
         self.__dict__.clear()
         DeepSpeedEngine.__init__(self, options, config, read, distill)
 
@@ -252,13 +254,14 @@ class DeepSpeedEngine:
 
     def _prepare_moments(self, step_count: int) -> None:
         for flat in shards.masters(self.optimizer):
-            if not step_count:
-                self.adam.state.pop(flat, None)
-                continue
-            state = self.adam.state[flat]
-            state["step"] = torch.tensor(float(step_count), dtype=torch.float32, device=flat.device)
-            for kind in MOMENTS:
-                state.setdefault(kind, torch.zeros_like(flat, requires_grad=False)).zero_()
+            with nvme.fresh_state(self.optimizer, flat):
+                if not step_count:
+                    self.adam.state.pop(flat, None)
+                    continue
+                state = self.adam.state[flat]
+                state["step"] = torch.tensor(float(step_count), dtype=torch.float32, device=flat.device)
+                for kind in MOMENTS:
+                    state.setdefault(kind, torch.zeros_like(flat, requires_grad=False)).zero_()
 
     def reduce_sum(self, values: Sequence[float]) -> list[float]:
         """Adds values over the replicas, in float64, the same bits on every rank."""
@@ -282,5 +285,9 @@ class DeepSpeedEngine:
 
     def close(self) -> None:
         """Leaves the process groups, after a barrier."""
-        self.engine.destroy()
+        self._end()
         leave_processes()
+
+    def _end(self) -> None:
+        self.engine.destroy()
+        nvme.remove_files(self.optimizer)

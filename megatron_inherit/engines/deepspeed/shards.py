@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from megatron_inherit.engines.deepspeed.nvme import stored_values
 from megatron_inherit.engines.parts import MOMENTS, Shard
 from megatron_inherit.model.pieces import Piece
 
@@ -75,6 +76,8 @@ def masters(optimizer: Any) -> list[torch.Tensor]:
 
 
 def _values(flat: torch.Tensor, optimizer: Any, start: int, numel: int) -> dict[str, torch.Tensor]:
-    state = optimizer.optimizer.state.get(flat, {})
-    whole = {"fp32": flat.data} | {kind: state[kind] for kind in MOMENTS if kind in state}
+    whole = stored_values(optimizer, flat)
+    if whole is None:
+        state = optimizer.optimizer.state.get(flat, {})
+        whole = {"fp32": flat.data} | {kind: state[kind] for kind in MOMENTS if kind in state}
     return {kind: tensor.view(-1)[start : start + numel] for kind, tensor in whole.items()}

@@ -24,6 +24,8 @@ REFUSED = {
     "zero4": ("deepspeed", {"zero_stage": 4}, "0, 1, 2 or 3"),
     "offload-zero0": ("deepspeed", {"zero_stage": 0, "offload": "optimizer"}, "needs ZeRO"),
     "offload-all-zero2": ("deepspeed", {"zero_stage": 2, "offload": "all"}, "it needs ZeRO-3"),
+    "nvme-zero2": ("deepspeed", {"zero_stage": 2, "offload": "optimizer", "nvme_path": "/x"}, "deepspeed.zero_stage=3"),
+    "nvme-alone": ("deepspeed", {"zero_stage": 3, "nvme_path": "/x"}, "deepspeed.offload=optimizer or all"),
     "deepspeed-cp": ("deepspeed", {"cp": 2}, "context parallelism"),
     "megatron-offload": ("megatron", {"offload": "optimizer"}, "does not offload"),
     "tp-groups": ("megatron", {"tp": 4}, "parallel.tp: 4 does not divide the 2 key/value groups"),
