@@ -16,11 +16,17 @@ if [ ! -e "$data/valid.safetensors" ]; then
   minherit data ingest "$data/library.jsonl" --out "$data/text"
   minherit data tokenize "$data/text" "$data/tokens" --tokenizer bytes
   minherit data subset "$data/tokens" --out "$data/subset" --valid 0.05 --test 0 --overwrite
-  for tokens in 205K 51K; do # half and an eighth of what 400 steps read
-    minherit data subset "$data/tokens" --out "$data/subset-$tokens" --tokens "$tokens" --valid 0.05 --test 0 --overwrite
-  done
   minherit data windows "$data/subset" --out "$data/valid.safetensors" --count 256 --sequence-length 64
 fi
+for tokens in 204800 51200; do # half and an eighth of what 400 steps read, from all over the training split
+  sample=$data/sample-$tokens
+  [ -e "$sample/subset" ] && continue
+  mkdir -p "$sample"
+  python examples/training_text.py "$data/subset" "$sample/text.jsonl" "$tokens"
+  minherit data ingest "$sample/text.jsonl" --out "$sample/text"
+  minherit data tokenize "$sample/text" "$sample/tokens" --tokenizer bytes
+  minherit data subset "$sample/tokens" --out "$sample/subset" --valid 0 --test 0 --overwrite
+done
 [ -e "$data/calibration.jsonl" ] || python examples/training_text.py "$data/subset" "$data/calibration.jsonl"
 
 minherit study run "$study" --dry-run

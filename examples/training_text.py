@@ -1,6 +1,6 @@
-"""Writes windows of a subset's training split as text: what is fitted on them has seen nothing that is held out.
+"""Writes windows of a subset's training split as text: a random sample of it, which has seen nothing that is held out.
 
-python examples/training_text.py SUBSET OUT.jsonl
+python examples/training_text.py SUBSET OUT.jsonl [TOKENS]
 """
 
 import json
@@ -8,16 +8,15 @@ import sys
 
 from megatron_inherit.data.inspection import sample_windows
 
-WINDOWS, TOKENS = 64, 1024
+LENGTH = 1024
 
 
-def main(subset: str, out: str) -> None:
-    """Decodes the first windows of the training order, one document a line."""
-    windows = sample_windows(subset, split="train", count=WINDOWS, sequence_length=TOKENS)
+def main(subset: str, out: str, tokens: str = "65536") -> None:
+    """Decodes the first windows of the training order, one a line."""
+    windows = sample_windows(subset, split="train", count=int(tokens) // LENGTH, sequence_length=LENGTH)
     with open(out, "w", encoding="utf-8") as file:
-        for window in windows:
-            file.writelines(json.dumps({"text": text}) + "\n" for text in window.texts)
+        file.writelines(json.dumps({"text": "".join(window.texts)}) + "\n" for window in windows)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    main(*sys.argv[1:])
