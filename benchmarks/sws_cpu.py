@@ -75,12 +75,22 @@ def evaluations(path: Path) -> list[dict[str, Any]]:
     return [row for row in map(json.loads, path.read_text().splitlines()) if row["kind"] == "eval"]
 
 
+def recipe(work: Path) -> dict[str, Any]:
+    """Gives what auxiliaries of published runs differ in."""
+    import yaml
+
+    path = next(iter(sorted(work.glob("sws-seed*/auxiliary/run.yaml"))))
+    values = yaml.safe_load(path.read_text())
+    decay = values["optimizer"]["weight_decay"]
+    return {"warmup_steps": values["schedule"]["warmup_steps"], "weight_decay": decay}
+
+
 def collect(work: Path, rows_name: str, seconds: int) -> None:
     """Writes the rows, the figures and the files that ``minherit report --analysis`` takes; prints the tables."""
     found: dict[Key, dict[str, float]] = {}
     for key, seed, loss in measured(work):
         found.setdefault(key, {})[seed] = loss
-    common = circumstances("torch", "megatron-core")
+    common = recipe(work) | circumstances("torch", "megatron-core")
     names = ("what", "arm", "depth", "placement", "steps")
     rows = [
         {**dict(zip(names, key, strict=True)), "seed": seed, "loss_nats_per_byte": round(loss, 4), **common}

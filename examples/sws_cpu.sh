@@ -91,7 +91,7 @@ The rows:         $out/rows.json
 How to read it:   The losses by depth before any training show what stage information and expansion guidance buy; the curves show
                   how much of it is left after training, against the two ablations and against scratch. In the toy experiment
                   that this design was calibrated on, depth transfer before training was strong, and no lasting gain over the
-                  ablations was seen after 100 steps; docs/results/sws-cpu.md says what a run of this script gave.
+                  ablations was seen after 100 steps; docs/results/sws-cpu.md says what runs of this script gave.
                   The teacher's training and its forward passes are in none of the step ratios above.
 Took:             $((SECONDS - began)) s after set-up
 TEXT

@@ -99,7 +99,7 @@ class GradientEdits:
     def _change(self, parameter: Any, edit: Callable[[torch.Tensor], torch.Tensor]) -> None:
         from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
 
-        gradient = safe_get_local_grad(parameter)
+        gradient = safe_get_local_grad(parameter).clone()  # what it gives may lie in a buffer that is used again
         own = gradient.view(-1)[: self._count(parameter)]
         own.copy_(edit(own))
         safe_set_local_grad(parameter, gradient)

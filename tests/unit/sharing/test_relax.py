@@ -9,6 +9,7 @@ from megatron_inherit.arch.presets import preset
 from megatron_inherit.model.build import build_single
 from megatron_inherit.model.load import load_chunk, random_reader
 from megatron_inherit.sharing.options import Sharing
+from megatron_inherit.sharing.regularise import matrices
 from megatron_inherit.sharing.relax import own_reader, share_model
 from megatron_inherit.sharing.stage_plan import contiguous
 from megatron_inherit.sharing.tensors import by_first_layer, stored_name
@@ -76,3 +77,12 @@ def test_a_learngene_is_unchanged_at_the_start():
     for layer in relaxed.decoder.layers:
         assert float(layer.self_attention.gate.grad.abs()) > 0
         assert float(layer.mlp.linear_fc1.low_rank_up.grad.abs().max()) > 0
+
+
+def test_a_mask_is_of_the_stages_matrices_and_not_of_the_factors():
+    """Factors start at zero, and a mask taken of them would keep them there."""
+    start = random_reader(preset("llama-tiny").with_layers(8), 3)
+    models = [model_of("llama-tiny", Sharing(plan=PLAN, low_rank=rank, gates=rank > 0), start) for rank in (0, 2)]
+    plain, relaxed = ([one.shape for one in matrices(model)] for model in models)
+    assert relaxed == plain
+    assert len(plain) == 2 * 4
