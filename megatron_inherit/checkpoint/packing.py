@@ -180,7 +180,7 @@ def packing_of(raw: Mapping[str, Any], where: str) -> Packing | None:
     found = raw.get(KEY)
     if found is None:
         return None
-    form, dtype = (found.get("form"), found.get("dtype")) if isinstance(found, Mapping) else (None, None)
+    form, dtype = (str(found.get(name)) if isinstance(found, Mapping) else "" for name in ("form", "dtype"))
     if form not in MADE_BY or dtype not in WEIGHT_DTYPES:
         raise CheckpointError(
             f"{where}: {KEY} cannot be read.", got=found, expected=f"form {', '.join(MADE_BY)}, dtype F32 or BF16"

@@ -24,6 +24,7 @@ LAYOUTS = {
     "zero1 tp2 sequence": {"zero_stage": 1, "tp": 2, "sequence_parallel": True},
     "zero3 tp2": {"zero_stage": 3, "tp": 2},
 }
+BF16 = {"zero2 bf16": {"zero_stage": 2, "dtype": "bf16"}, "zero3 bf16": {"zero_stage": 3, "dtype": "bf16"}}
 TIES = {
     "l2": SoftTie(plan=contiguous((4, 4)), weight=0.05),
     "fading": SoftTie(plan=contiguous((4, 4)), weight=0.2, fade_steps=2),
@@ -52,6 +53,10 @@ def outcomes(tmp_path_factory):
     cases = {
         f"{what}, {name}": Case("deepspeed", options=LAYOUTS[name] | EDITS[what], source=start) for what, name in CASES
     }
+    cases |= {
+        f"both, {name}": Case("deepspeed", options=options | EDITS["both"], source=start)
+        for name, options in BF16.items()
+    }
     plain = {what: Case(options=edit, source=start) for what, edit in EDITS.items()} | {"none": Case(source=start)}
     return run_world(2, run_cases, cases, timeout_s=400)[0] | run_world(1, run_cases, plain)[0]
 
@@ -71,3 +76,13 @@ def test_half_of_the_weights_stay_zero(outcomes, name):
     matrices = [spec for spec in enumerate_tensors(MODELS["llama"]) if spec.layer is not None and len(spec.shape) == 2]
     half = sum(spec.numel for spec in matrices) / 2
     assert outcomes[f"zeros, {name}"][2]["zeros"] * LAYOUTS[name].get("tp", 1) == half
+
+
+@pytest.mark.parametrize("name", BF16)
+def test_bf16_keeps_zeros_and_stays_near_fp32(outcomes, name):
+    for (loss, norm), (wanted_loss, wanted_norm) in zip(
+        rows(outcomes, f"both, {name}"), rows(outcomes, "both"), strict=True
+    ):
+        assert loss == pytest.approx(wanted_loss, abs=3e-2)
+        assert norm == pytest.approx(wanted_norm, rel=3e-2)
+    assert outcomes[f"both, {name}"][2]["zeros"] == outcomes["both"][2]["zeros"]
