@@ -12,6 +12,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_inherit.engines.base import EngineOptions
 
+BUCKET_ELEMENTS = 500_000_000
+"""Of gradients that are reduced, and weights that are gathered, at a time; DeepSpeed's default."""
+
 
 def import_deepspeed() -> ModuleType:
     """Imports DeepSpeed; on a CPU without its shared-memory operation, which a compiler would build at the first use.
@@ -31,7 +34,7 @@ def import_deepspeed() -> ModuleType:
     return deepspeed
 
 
-def deepspeed_config(options: EngineOptions, *, replicas: int) -> dict[str, Any]:
+def deepspeed_config(options: EngineOptions, *, replicas: int, parameters: int) -> dict[str, Any]:
     """Writes DeepSpeed's configuration.
 
     The engine says itself where accumulation ends, so that the number of micro-batches may change from step to step;
@@ -40,13 +43,16 @@ def deepspeed_config(options: EngineOptions, *, replicas: int) -> dict[str, Any]
     Args:
         options: The engine's.
         replicas: Data parallel size.
+        parameters: Of the model; buckets are not larger, for deterministic runs fill them at every step.
     """
-    stage = options.zero_stage
+    stage, bucket = options.zero_stage, min(BUCKET_ELEMENTS, parameters)
     zero: dict[str, Any] = {
         "stage": stage,
         "overlap_comm": options.overlap_grad_reduce,
         "contiguous_gradients": True,
         "reduce_scatter": True,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
     }
     pinned = torch.cuda.is_available()
     if options.offload != "none":

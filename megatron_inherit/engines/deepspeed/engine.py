@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_inherit.arch.counts import count_parameters
 from megatron_inherit.arch.model_config import ModelConfig
 from megatron_inherit.base.log import get_logger
 from megatron_inherit.data.loader import Batch
@@ -68,7 +69,7 @@ class DeepSpeedEngine:
             dist.get_rank(), dist.get_world_size(), groups.dp.rank(), groups.dp.size(), model_rank=groups.tp.rank()
         )
         self.mpu = mpu_of(groups)
-        ds_config = deepspeed_config(options, replicas=groups.dp.size())
+        ds_config = deepspeed_config(options, replicas=groups.dp.size(), parameters=count_parameters(config))
         self.model = self._build(deepspeed, ds_config)
         pieces = pieces_of(self.model)
         self.named = [(parameter, pieces[name]) for name, parameter in self.model.named_parameters()]

@@ -5,8 +5,6 @@ import pytest
 from megatron_inherit.engines.base import EngineOptions
 from tests.support.engine_world import MODELS, replica_batches, run_world
 
-pytestmark = pytest.mark.nightly
-
 
 def play(_):
     """Trains a step of each kind in one process and tells in what dtype gradients add up."""
@@ -31,8 +29,18 @@ def play(_):
     return found
 
 
+@pytest.mark.nightly
 def test_gradients_of_bf16_weights_add_up_in_fp32_and_no_compiler_runs():
     pytest.importorskip("deepspeed")
     (found,) = run_world(1, play)
     assert set(found) == {1, 2, 3}
     assert set(found.values()) == {("torch.bfloat16", "torch.float32", 2, False, True)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("parameters", "elements"), [(1000, 1000), (7_000_000_000, 500_000_000)])
+def test_buckets_are_not_larger_than_the_model(parameters, elements):
+    from megatron_inherit.engines.deepspeed.config import deepspeed_config
+
+    zero = deepspeed_config(EngineOptions(zero_stage=2), replicas=2, parameters=parameters)["zero_optimization"]
+    assert (zero["reduce_bucket_size"], zero["allgather_bucket_size"]) == (elements, elements)
