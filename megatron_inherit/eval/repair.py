@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 METHODS = ("final-norm", "affine", "block-scale")
 RIDGE = 1e-4
+SINGULAR = 1e-6
+"""Singular values of a fitted map below this share of the largest one count as none."""
 _log = get_logger(__name__)
 
 
@@ -193,7 +195,8 @@ def refit_head(cut: Cut, x: torch.Tensor, y: torch.Tensor, repair: Repair) -> No
         x, y = (torch.cat([states, states.new_ones(len(states), 1)], dim=1) for states in (x, y))
     matrix = fit_map(x, y)
     if cut.has_bias:
-        bias = torch.linalg.solve(matrix[:width, :width], matrix[:width, width]).float()
+        # a LayerNorm's output sums to zero, so that the map is singular in that direction
+        bias = (torch.linalg.pinv(matrix[:width, :width], rtol=SINGULAR) @ matrix[:width, width]).float()
         repair.tensors["final_norm.bias"] = bias
     cut.head = (cut.head.double() @ matrix[:width, :width]).float()
     cut.set_final_norm(gain, bias)

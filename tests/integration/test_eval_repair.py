@@ -124,3 +124,13 @@ def test_wrong_repairs_end_before_anything_is_written(folder, tmp_path, capsys, 
     assert main(["inherit", str(folder), str(tmp_path / "student"), "--layers", "first:4", *words]) == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bias_that_no_gain_can_carry_does_not_blow_up(tmp_path):
+    """LayerNorm leaves nothing along one direction: a map fitted to its output has no inverse there."""
+    folder = tiny_gpt2(tmp_path / "tiny", layers=6)
+    model, windows = load_model(folder), windows_of(folder, 16)
+    cut = Cut(model, range(3))
+    repair = repairs.Repair((0, 1, 2))
+    repairs.refit_head(cut, cut.student_states(windows[4:]), cut.teacher_states(windows[4:]), repair)
+    assert repair.tensors["final_norm.bias"].abs().max() < 10
