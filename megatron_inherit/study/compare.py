@@ -15,6 +15,7 @@ from megatron_inherit.base.errors import DataError, UsageError
 from megatron_inherit.base.quantities import format_count
 from megatron_inherit.eval.groups import Estimate, Group, Sooner, gap, require_same_windows, sooner
 from megatron_inherit.eval.runs import METRICS, Run, load_run, read_json
+from megatron_inherit.plan.plan import describe_layers
 from megatron_inherit.study.arms import is_finished
 from megatron_inherit.study.schema import ClaimSection, Study, load_study
 
@@ -196,7 +197,7 @@ def _cells(line: Line) -> list[str]:
     difference = line.gap
     return [
         line.arm,
-        "" if line.layers is None else ",".join(map(str, line.layers)),
+        "" if line.layers is None else describe_layers(line.layers),
         str(line.steps),
         "" if line.parameters is None else format_count(line.parameters),
         f"{line.start:.3f}",

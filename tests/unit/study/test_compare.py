@@ -60,7 +60,7 @@ def test_parameters_are_a_column_where_arms_differ_in_them():
     assert "parameters" not in head
     row = dict(zip(head, second, strict=True))
     assert row == {
-        "arm": "same", "blocks": "0,1", "steps": "400", "start": "5.000", "2.5%": "4.000", "25%": "3.000",
+        "arm": "same", "blocks": "0-1", "steps": "400", "start": "5.000", "2.5%": "4.000", "25%": "3.000",
         "final": "2.000", "± windows": "0.030", "± seeds": "-", "gap": "-0.500", "± gap": "0.010 / 0.020",
         "sooner": "≥2.0x",
     }  # fmt: skip
