@@ -210,7 +210,7 @@ def open_source(path: str | Path) -> Source:
             kinds[key] = tuple(part["global_shape"]), extents[part["key"]].dtype
     config = ModelConfig.from_json(state["model"])
     stored = {key: _stored(key, shape, dtype, pieces[key]) for key, (shape, dtype) in kinds.items()}
-    details = {key: value for key, value in manifest.items() if key != "files"}
+    details = {key: value for key, value in manifest.items() if key not in ("files", "format")}
     own: dict[str, StoredTensor] = {}
     if any(key.startswith(PREFIX) for key in stored):
         ids = read_ids(state.get("hf_config") or {}, config, str(folder / STATE))
