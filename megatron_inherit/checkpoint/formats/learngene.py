@@ -93,7 +93,7 @@ def make_sink(config: ModelConfig, dtypes: Mapping[str, str], options: SinkOptio
         if dtype != packing.dtype:
             raise CheckpointError(f"{spec.name} cannot be packed as {packing.dtype}.", got=dtype, fix="Give --dtype.")
         for form in stored_forms(name, spec.shape, packing):
-            entries.setdefault(form.name, tuple(form))
+            entries.setdefault(form.name, form)
     head, places, size = build_header(list(entries.values()))
     stored = {name: dense_tensor(FILE, places[name][0], dtype, shape) for name, dtype, shape in entries.values()}
     raw = write_config(config, next(iter(dtypes.values()))) | given
