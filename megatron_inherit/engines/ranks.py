@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import xxhash
 
-from megatron_inherit.model.groups import gather_text
+from megatron_inherit.model.texts import gather_text
 
 __all__ = ["any_rank", "gather_text", "hash_tensors", "make_deterministic", "sum_over"]
 

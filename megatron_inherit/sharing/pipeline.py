@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_inherit.base.errors import CheckpointError, ConfigError
-from megatron_inherit.model.groups import gather_text, group_of
+from megatron_inherit.model.groups import group_of
+from megatron_inherit.model.texts import gather_text
 from megatron_inherit.sharing.aux_model import StageKey, StageParameters
 from megatron_inherit.sharing.options import Sharing
 from megatron_inherit.sharing.partition import Partition, Tie
