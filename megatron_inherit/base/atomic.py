@@ -103,9 +103,17 @@ def _remove_leftovers(path: Path) -> None:
     for found in path.parent.glob(f"{glob.escape(path.name)}{TEMPORARY_MARK}*-{_machine()}-*"):
         owner = found.name.rpartition(TEMPORARY_MARK)[2].partition("-")[0]
         with _locked(found) as free:
-            if free and not Path("/proc", owner).exists():
+            if free and not _is_alive(owner):
                 _log.warning("%s was left by a process that was killed; it is removed.", found)
                 shutil.rmtree(found, ignore_errors=True)
+
+
+def _is_alive(process: str) -> bool:
+    """Tells whether a process of this machine runs; one that is dead and not yet waited for does not."""
+    try:
+        return Path("/proc", process, "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager

@@ -167,3 +167,17 @@ def test_an_environment_tells_versions_and_the_command_without_its_folder(monkey
     assert (found["parameters"], found["command"]) == (3, "minherit train 'a b'")
     assert {"python", "megatron-inherit", "torch", "numpy"} <= found["versions"].keys()
     assert "somebody" not in str(found)
+
+
+def test_what_a_dead_process_left_is_removed_before_anyone_waited_for_it(tmp_path):
+    program = (
+        "import os, sys; from pathlib import Path; from megatron_inherit.base.atomic import new_folder\n"
+        "with new_folder(Path(sys.argv[1])): os.kill(os.getpid(), 9)"
+    )
+    dead = subprocess.Popen([sys.executable, "-c", program, str(tmp_path / "out")])
+    os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
+    assert [path.name.partition(".")[0] for path in tmp_path.iterdir()] == ["out"]
+    with atomic.new_folder(tmp_path / "out"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    dead.wait()
