@@ -1,7 +1,7 @@
 """Reads what examples/sws_cpu.sh left behind: orders of stages before training, rows, figures for its page.
 
 python benchmarks/sws_cpu.py orders LEARNGENE WINDOWS OUT.json
-python benchmarks/sws_cpu.py collect WORK [--rows NAME]
+python benchmarks/sws_cpu.py collect WORK [--text NAME] [--rows NAME]
 """
 
 from __future__ import annotations
@@ -85,12 +85,12 @@ def recipe(work: Path) -> dict[str, Any]:
     return {"warmup_steps": values["schedule"]["warmup_steps"], "weight_decay": decay}
 
 
-def collect(work: Path, rows_name: str, seconds: int) -> None:
+def collect(work: Path, text: str, rows_name: str, seconds: int) -> None:
     """Writes the rows, the figures and the files that ``minherit report --analysis`` takes; prints the tables."""
     found: dict[Key, dict[str, float]] = {}
     for key, seed, loss in measured(work):
         found.setdefault(key, {})[seed] = loss
-    common = recipe(work) | circumstances("torch", "megatron-core")
+    common = {"text": text} | recipe(work) | circumstances("torch", "megatron-core")
     names = ("what", "arm", "depth", "placement", "steps")
     rows = [
         {**dict(zip(names, key, strict=True)), "seed": seed, "loss_nats_per_byte": round(loss, 4), **common}
@@ -219,13 +219,14 @@ def main(words: Sequence[str] | None = None) -> None:
         one.add_argument(name)
     two = commands.add_parser("collect")
     two.add_argument("work", type=Path)
+    two.add_argument("--text", default="library", help="what was trained on, for the rows")
     two.add_argument("--rows", default="", help="append to results/NAME.csv too")
     two.add_argument("--seconds", type=int, default=0, help="what the study took until here")
     options = parser.parse_args(words)
     if options.command == "orders":
         orders(options.learngene, options.windows, options.out)
     else:
-        collect(options.work, options.rows, options.seconds)
+        collect(options.work, options.text, options.rows, options.seconds)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 # training, and their training against scratch and against two ablations, two seeds, each on a core of its own. On a CPU.
 #   bash examples/sws_cpu.sh
 # SWS_WORK    where everything goes            SWS_SEEDS   default "1 2"
+# SWS_TEXT    library (default), or modules: the top folder's modules alone, their last 5% for validation
 # SWS_ROWS    appends to benchmarks/results/NAME.csv too   SWS_OVERRIDES  further key.path=value words for every run
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -12,6 +13,8 @@ export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" OMP_WAIT_POLICY=PASSIVE
 
 out="${SWS_WORK:-runs/sws-cpu}"
+text="${SWS_TEXT:-library}"
+[[ "$text" =~ ^(library|modules)$ ]] || { echo "SWS_TEXT is '$text'; it can be library or modules." >&2 && exit 2; }
 read -ra seeds <<<"${SWS_SEEDS:-1 2}"
 read -ra quick <<<"${SWS_OVERRIDES:-}" # for instance train.steps=4, to see every command run
 step() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
@@ -19,14 +22,34 @@ run() { printf '$ %s\n' "$*"; "$@"; }
 began=$SECONDS
 
 step "Real text that is on every machine: Python's standard library and its language reference"
-mkdir -p "$out/data"
-[ -e "$out/data/library.jsonl" ] || run python examples/standard_library.py "$out/data/library.jsonl"
-run minherit data ingest "$out/data/library.jsonl" --out "$out/data/text"
-run minherit data tokenize "$out/data/text" "$out/data/tokens" --tokenizer bytes
-[ -e "$out/data/subset" ] || run minherit data subset "$out/data/tokens" --out "$out/data/subset" --valid 0.05 --test 0
-[ -e "$out/data/valid.safetensors" ] || run minherit data windows "$out/data/subset" --out "$out/data/valid.safetensors" --count 512 --sequence-length 64
-windows="$out/data/valid.safetensors"
-common=("data.path=$out/data/subset" "eval.windows=$windows" "${quick[@]}")
+tokens() { # NAME: NAME.jsonl to NAME-tokens
+  run minherit data ingest "$data/$1.jsonl" --out "$data/$1-text"
+  run minherit data tokenize "$data/$1-text" "$data/$1-tokens" --tokenizer bytes
+}
+subset() { # NAME SHARE: all of its tokens but the share held out
+  [ -e "$data/subset" ] || run minherit data subset "$data/$1-tokens" --out "$data/subset" --valid "$2" --test 0
+}
+windows() { # FOLDER SPLIT
+  [ -e "$windows" ] || run minherit data windows "$data/$1" --split "$2" --out "$windows" --count 512 --sequence-length 64
+}
+data="$out/data/$text" windows="$out/data/$text/valid.safetensors"
+mkdir -p "$data"
+case "$text" in
+  library)
+    [ -e "$data/library.jsonl" ] || run python examples/standard_library.py "$data/library.jsonl"
+    tokens library
+    subset library 0.05
+    windows subset valid
+    ;;
+  modules)
+    [ -e "$data/valid.jsonl" ] || run python examples/standard_library.py "$data/train.jsonl" --held-out "$data/valid.jsonl"
+    tokens train
+    tokens valid
+    subset train 0
+    windows valid-tokens all
+    ;;
+esac
+common=("data.path=$data/subset" "eval.windows=$windows" "${quick[@]}")
 
 step "The teacher: 6 blocks, wider than its students"
 run minherit train sws-cpu-teacher "${common[@]}" "run.output=$out/teacher"
@@ -77,7 +100,7 @@ done
 [ "$failed" = 0 ] || exit "$failed"
 
 step "What came of it"
-run python benchmarks/sws_cpu.py collect "$out" --rows "${SWS_ROWS:-}" --seconds "$((SECONDS - began))"
+run python benchmarks/sws_cpu.py collect "$out" --text "$text" --rows "${SWS_ROWS:-}" --seconds "$((SECONDS - began))"
 runs=()
 for depth in 06 10; do
   for arm in sws no-stages no-guidance scratch; do runs+=("$out/runs/L$depth-$arm-seed${seeds[0]}"); done
