@@ -28,15 +28,17 @@ def run(
 ) -> None:
     """Run every arm that is not finished; run again to go on after an interruption."""
     from megatron_inherit.study.arms import is_finished
-    from megatron_inherit.study.runner import chosen_jobs, run_study
+    from megatron_inherit.study.runner import chosen_jobs, require_inputs, run_study
     from megatron_inherit.study.schema import load_study
 
     loaded = load_study(study, overrides or [], folder=out)
     if dry_run:
-        for job in (*([loaded.teacher] if loaded.teacher else []), *chosen_jobs(loaded, arm or ())):
+        jobs = chosen_jobs(loaded, arm or ())
+        for job in (*([loaded.teacher] if loaded.teacher else []), *jobs):
             state = "finished" if is_finished(job.config) else "to run"
             length = job.config.train.steps or f"{job.config.train.budget} tokens"
             typer.echo(f"{state:9} {job.name:32} {length!s:>8}  {job.folder}")
+        require_inputs(loaded, jobs)
         return
     run_study(loaded, arms=arm or (), processes=processes)
     typer.echo(f"{loaded.folder}: show it with 'minherit study show {loaded.folder} --study {loaded.section.name}'")
@@ -88,7 +90,7 @@ def _print(found: Findings) -> None:
     console.print(table)
     console.print(
         f"Losses in nats a token, mean over seeds {', '.join(map(str, section.seeds))}; gaps to {section.control!r}, "
-        "paired by window / by seed; sooner: how many times fewer steps to the control's final loss."
+        "paired by window / by seed; sooner: how many times fewer steps than the control to a loss that both reach."
     )
     for verdict in found.verdicts:
         gains = ", ".join(f"{gain:+.3f}" for gain in verdict.gains)

@@ -45,7 +45,7 @@ from megatron_inherit.plan.execute import RECORD, execute
 from megatron_inherit.study.layers import resolve
 from megatron_inherit.study.schema import CutSection, RepairSection
 from megatron_inherit.study.width import cut_width
-from megatron_inherit.train.run_folder import RunLock
+from megatron_inherit.train.run_folder import RunLock, clear_exit_status
 from megatron_inherit.train.schedule import total_steps
 from megatron_inherit.train.signals import SIGNALS
 from megatron_inherit.train.start import RECIPE
@@ -192,15 +192,15 @@ class Trainer:
         if is_finished(config):
             return
         folder.mkdir(parents=True, exist_ok=True)
-        _wait_for_holder(folder)
+        self._wait_for_holder(folder)
         if is_finished(config):
             return
-        if self._stopped:
-            raise PreemptedError(f"{folder} was not begun: a signal came.", fix="Run again to go on.")
+        self.require_time(folder)
         write_text(folder / RECIPE, to_yaml(config))
+        clear_exit_status(folder)  # how the session before ended is not how this one does
         environment = dict(os.environ)
         if devices is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, devices))
+            environment["CUDA_VISIBLE_DEVICES"] = visible_devices(devices, environment)
         self._running[folder] = self._launch(folder, environment)
 
     def is_over(self, config: RunConfig) -> bool:
@@ -220,6 +220,15 @@ class Trainer:
         if code or not is_finished(config):
             raise _error_of(folder, code, stopped=self._stopped)
         return True
+
+    def require_time(self, folder: Path) -> None:
+        """Refuses to begin, or to wait for, a run once a signal came.
+
+        Raises:
+            PreemptedError: It came.
+        """
+        if self._stopped:
+            raise PreemptedError(f"{folder} was not begun: a signal came.", fix="Run again to go on.")
 
     def stop(self) -> None:
         """Asks every run to save and end; no further one begins."""
@@ -246,6 +255,22 @@ class Trainer:
                 command, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT, env=environment
             )
 
+    def _wait_for_holder(self, folder: Path) -> None:
+        """Waits for a process of an earlier session that still saves into the folder."""
+        lock, told = RunLock(folder), False
+        while True:
+            try:
+                lock.acquire()
+            except UsageError as error:
+                if not told:
+                    logger.info("Waiting. %s", error.what)
+                told = True
+                self.require_time(folder)
+                time.sleep(1.0)
+                continue
+            lock.release()
+            return
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.stop()
 
@@ -255,20 +280,15 @@ class Trainer:
         return ["torch.distributed.run", "--standalone", f"--nproc-per-node={self.processes}", "-m", "megatron_inherit"]
 
 
-def _wait_for_holder(folder: Path) -> None:
-    """Waits for a process of an earlier session that still saves into the folder."""
-    lock, told = RunLock(folder), False
-    while True:
-        try:
-            lock.acquire()
-        except UsageError as error:
-            if not told:
-                logger.info("Waiting. %s", error.what)
-            told = True
-            time.sleep(1.0)
-            continue
-        lock.release()
-        return
+def visible_devices(devices: Sequence[int], environment: Mapping[str, str]) -> str:
+    """Names GPUs by their place among those that this process may see, which a scheduler may have chosen.
+
+    Args:
+        devices: Places, from 0, as torch counts them.
+        environment: Of this process.
+    """
+    own = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return ",".join(own[place] if own else str(place) for place in devices)
 
 
 def _refuse_other(config: RunConfig, folder: Path) -> None:
@@ -303,12 +323,15 @@ def _from_run(values: Mapping[str, Any], key: str) -> str | None:
     return None if value is None else os.path.relpath(value, values["run.output"])
 
 
+def error_kind(code: int) -> type[MinheritError]:
+    """Gives the error that an exit code stands for."""
+    return next((error for error in _ERRORS if error.exit_code == code), MinheritError)
+
+
 def _error_of(folder: Path, code: int, *, stopped: bool) -> MinheritError:
     """Gives the error that ended a run, from its own last word or the end of what it printed."""
     reason = read_json(folder / "exit_status.json").get("reason")
     if not reason or reason == "done":
         reason = " / ".join((folder / CONSOLE).read_text(errors="replace").strip().splitlines()[-1:]) or "no message"
-    kind = next((error for error in _ERRORS if error.exit_code == code), MinheritError)
-    if stopped:
-        kind = PreemptedError
+    kind = PreemptedError if stopped else error_kind(code)
     return kind(f"{folder}: {reason}", fix=f"What it printed is in {folder / CONSOLE}.")

@@ -12,16 +12,19 @@ import yaml
 
 from megatron_inherit.arch.families import ROLES
 from megatron_inherit.base.atomic import write_text
-from megatron_inherit.base.errors import ConfigError, DivergedError, MinheritError, UsageError
+from megatron_inherit.base.errors import ConfigError, DataError, DivergedError, UsageError
 from megatron_inherit.base.log import get_logger
+from megatron_inherit.data.indexed import bin_path
 from megatron_inherit.eval.runs import read_json
 from megatron_inherit.inherit.select import parse_roles
-from megatron_inherit.study.arms import POLL_SECONDS, Trainer, is_finished, make_start
+from megatron_inherit.study.arms import POLL_SECONDS, Trainer, error_kind, is_finished, make_start
 from megatron_inherit.study.schema import TEACHER, Job, Study
 
 logger = get_logger(__name__)
 
 WAIT_SECONDS = 10.0
+FAILED_SECONDS = 120.0
+"""How long a teacher's failure stands before waiting tasks believe it: the first task may be about to try again."""
 
 
 def run_study(study: Study, *, arms: Sequence[str] = (), processes: int = 1) -> None:
@@ -36,10 +39,12 @@ def run_study(study: Study, *, arms: Sequence[str] = (), processes: int = 1) -> 
 
     Raises:
         UsageError: There is no such arm.
+        DataError: What an unfinished run reads is missing.
         MinheritError: What ended a run.
     """
     jobs = chosen_jobs(study, arms)
     mine, first = array_share(jobs, os.environ)
+    require_inputs(study, jobs)
     study.folder.mkdir(parents=True, exist_ok=True)
     write_text(study.folder / f"{study.section.name}.yaml", study_yaml(study))
     with Trainer(processes=processes) as trainer:
@@ -71,16 +76,53 @@ def chosen_jobs(study: Study, arms: Sequence[str]) -> tuple[Job, ...]:
     return tuple(job for job in study.jobs if not arms or (job.arm and job.arm.name in wanted))
 
 
+def require_inputs(study: Study, jobs: Sequence[Job]) -> None:
+    """Looks for what the unfinished runs read.
+
+    Raises:
+        DataError: Data, windows or a text is missing; names the command that makes it, where the study does.
+    """
+    for job in (*([study.teacher] if study.teacher else []), *jobs):
+        if is_finished(job.config):
+            continue
+        data, windows = Path(job.config.data.path), Path(str(job.config.eval.windows))
+        text = job.arm.repair.text if job.arm and job.arm.repair else None
+        there = {
+            f"data.path {data}": data.exists() or bin_path(data).exists(),
+            f"eval.windows {windows}": windows.exists(),
+            f"repair.text {text}": text is None or Path(text).exists(),
+        }
+        missing = ", ".join(name for name, found in there.items() if not found)
+        if missing:
+            made_by = study.section.made_by
+            raise DataError(
+                f"{study.section.name}: {job.name} reads what is not there: {missing}.",
+                fix=f"Make it with '{made_by}', run in the project's source, or set these keys to data of yours."
+                if made_by
+                else "Make data with 'minherit data', and windows with 'minherit data windows'.",
+            )
+
+
 def array_share(jobs: Sequence[Job], environment: Mapping[str, str]) -> tuple[tuple[Job, ...], bool]:
     """Gives this SLURM array task's jobs and whether it is the first task; all jobs outside an array.
 
     An arm goes where the arm it comes from goes.
+
+    Raises:
+        UsageError: The array's indices have gaps, so that no task knows its place among them.
     """
     if "SLURM_ARRAY_TASK_ID" not in environment:
         return tuple(jobs), True
-    task = int(environment["SLURM_ARRAY_TASK_ID"]) - int(environment.get("SLURM_ARRAY_TASK_MIN", "0"))
+    first, last = (int(environment.get(f"SLURM_ARRAY_TASK_{end}", "0")) for end in ("MIN", "MAX"))
     step = max(1, int(environment.get("SLURM_ARRAY_TASK_STEP", "1")))
     count = int(environment.get("SLURM_ARRAY_TASK_COUNT", "1"))
+    if "SLURM_ARRAY_TASK_MAX" in environment and (last - first) // step + 1 != count:
+        raise UsageError(
+            "The indices of this SLURM array have gaps, and some arms would run nowhere.",
+            got=f"{count} tasks from {first} to {last}",
+            fix="Submit it with --array=0-N; arms that have finished are only read.",
+        )
+    task = int(environment["SLURM_ARRAY_TASK_ID"]) - first
     shares: dict[tuple[str, int], int] = {}
     for job in jobs:
         name, origin = (job.arm.name, job.arm.origin) if job.arm else (TEACHER, TEACHER)
@@ -108,10 +150,17 @@ def _teacher(job: Job, trainer: Trainer, *, train: bool) -> None:
         trainer.train(job.config)
         return
     logger.info("Waiting for the first task of the array to train the teacher.")
+    failed, since = None, 0.0
     while not is_finished(job.config):
+        trainer.require_time(job.folder)
         status = read_json(job.folder / "exit_status.json")
-        if status.get("exit_code", 0) not in (0, 75):
-            raise MinheritError(f"The teacher's run ended: {status.get('reason')}", fix=f"See {job.folder}.")
+        if status.get("exit_code", 0) in (0, 75):
+            failed = None
+        elif status != failed:
+            failed, since = status, time.monotonic()
+        elif time.monotonic() - since >= FAILED_SECONDS:
+            kind = error_kind(status["exit_code"])
+            raise kind(f"The teacher's run ended: {status.get('reason')}", fix=f"See {job.folder}.")
         time.sleep(WAIT_SECONDS)
 
 

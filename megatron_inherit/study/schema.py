@@ -170,6 +170,7 @@ class StudySection(Section):
     Attributes:
         name: What pages call it.
         question: What it answers.
+        made_by: Command that makes what the study reads, for whoever has not got it.
         output: Folder; studies of one folder share its teacher and those arms that they have in common.
         recipe: Name or path of a recipe, or its sections; its ``run`` section does not count, and its ``model`` section
             is the teacher's.
@@ -184,6 +185,7 @@ class StudySection(Section):
 
     name: Name
     question: Text
+    made_by: Text | None = None
     output: Text
     recipe: dict[str, Any]
     set: dict[str, Any] = Field(default_factory=dict)

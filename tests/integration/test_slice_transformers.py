@@ -91,9 +91,10 @@ def test_student_computes_what_the_teachers_blocks_compute(teachers, tmp_path, n
     assert torch.allclose(found, expected, atol=1e-5 if "scaled" in name else 0, rtol=0)
 
 
+@pytest.mark.parametrize("words", [["convert"], ["inherit", "--layers", "all"]], ids=["convert", "inherit"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt2-scaled"])
-def test_whole_teacher_gives_bitwise_equal_logits(teachers, tmp_path, name):
-    assert main(["convert", str(teachers[name]), str(tmp_path / "copy")]) == 0
+def test_whole_teacher_gives_bitwise_equal_logits(teachers, tmp_path, name, words):
+    assert main([words[0], str(teachers[name]), str(tmp_path / "copy"), *words[1:]]) == 0
     found, expected = logits(load(tmp_path / "copy")), logits(load(teachers[name]))
     assert torch.equal(found, expected) if "scaled" not in name else torch.allclose(found, expected, atol=1e-5)
 

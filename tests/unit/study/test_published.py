@@ -1,6 +1,7 @@
 """What the results pages say is what the rows say, and no claim has a threshold that the seed alone could cross."""
 
 import csv
+import re
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -61,3 +62,15 @@ def test_thresholds_are_beyond_what_the_seed_moves():
                 assert bound == 0 or abs(bound) >= least[name][share], (name, claim.id, share)
                 held += bound != 0
     assert held >= 12
+
+
+def test_every_check_of_the_method_names_what_there_is():
+    page = (ROOT / "docs" / "study.md").read_text()
+    rows = re.findall(r"^\| ([AB]\d+[^|]*) \|(.*)\|$", page, re.MULTILINE)
+    assert {f"A{number}" for number in range(1, 15)} <= {what.split()[0] for what, _ in rows}
+    for file, name in re.findall(r"`(\w+\.py)::(\w+)`", page):
+        texts = [path.read_text() for path in (ROOT / "tests").rglob(file)]
+        assert any(f"def {name}(" in text for text in texts), f"{file}::{name}"
+    claims = {claim.id for study in recipe_names(SHIPPED) for claim in load_study(study).section.claims}
+    for number in set(range(1, 13)) - {10}:
+        assert any(re.fullmatch(rf"B{number}[a-d]?", claim) for claim in claims), f"B{number}"

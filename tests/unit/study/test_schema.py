@@ -3,10 +3,9 @@
 import pytest
 import yaml
 
-from megatron_inherit.base.errors import ConfigError, MinheritError, UsageError
+from megatron_inherit.base.errors import ConfigError, UsageError
 from megatron_inherit.config.load import recipe_names
-from megatron_inherit.study.arms import Trainer
-from megatron_inherit.study.runner import _teacher, array_share, chosen_jobs, study_yaml
+from megatron_inherit.study.runner import array_share, chosen_jobs, study_yaml
 from megatron_inherit.study.schema import SHIPPED, load_study
 
 ONE = {"name": "random", "layers": "all"}
@@ -141,11 +140,3 @@ def test_an_array_shares_the_arms_out_and_keeps_chains_together(tmp_path):
     for seed in (1, 2):
         assert any({f"random, seed {seed}", f"stacked, seed {seed}"} <= set(share) for share in shares)
     assert array_share(jobs, {}) == (jobs, True)
-
-
-def test_a_task_that_waits_hears_that_the_teacher_failed(tmp_path):
-    settled = load_study(study(tmp_path))
-    settled.teacher.folder.mkdir(parents=True)
-    (settled.teacher.folder / "exit_status.json").write_text('{"exit_code": 6, "reason": "the loss did not recover"}')
-    with Trainer() as trainer, pytest.raises(MinheritError, match="the loss did not recover"):
-        _teacher(settled.teacher, trainer, train=False)
