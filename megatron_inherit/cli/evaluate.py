@@ -20,7 +20,9 @@ def evaluate(
     ] = None,
     skip_missing: Annotated[bool, typer.Option("--skip-missing", help="Leave out tasks without a file.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="First items of each task only.")] = None,
-    shots: Annotated[int | None, typer.Option(min=0, help="Examples in the prompt, for lm-eval's own tasks.")] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="Examples in the prompt of lm-eval's own tasks; default the suite's.")
+    ] = None,
     batch_size: Annotated[str, typer.Option(help="auto, or a number.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda; default: a GPU if there is one.")] = "",
     dtype: Annotated[str, typer.Option(help="fp32 or bf16; default: bf16 on a GPU.")] = "",
@@ -32,12 +34,17 @@ def evaluate(
     is eval/harness/tasks.yaml. A run folder keeps its results in evaluations/, where 'minherit report' finds them.
     """
     from megatron_inherit.base.atomic import write_json
-    from megatron_inherit.base.errors import DataError, UsageError
+    from megatron_inherit.base.errors import UsageError
     from megatron_inherit.eval import hf_folder
     from megatron_inherit.eval.harness import run
 
     if batch_size != "auto" and not (batch_size.isdigit() and int(batch_size)):
         raise UsageError("--batch-size is auto or a positive number.", got=batch_size)
+    if shots is not None and data_dir is not None:
+        raise UsageError(
+            "--shots is for lm-eval's own tasks: a local file's prompts have theirs (5 for mmlu, else none).",
+            fix="Leave --shots or --data-dir out.",
+        )
     names, chosen = run.plan_tasks(
         [name.strip() for name in tasks.split(",") if name.strip()], suite or None, data_dir, skip_missing=skip_missing
     )
@@ -46,13 +53,7 @@ def evaluate(
     size = batch_size if batch_size == "auto" else int(batch_size)
     with hf_folder.as_hf_folder(checkpoint) as folder:
         model = run.hf_model(folder, device=device, dtype=dtype, batch_size=size)
-        try:
-            rows = run.evaluate(model, names, chosen=chosen, data_dir=data_dir, limit=limit, shots=shots)
-        except (ConnectionError, FileNotFoundError) as error:
-            raise DataError(
-                f"lm-eval cannot get at the data of its tasks: {error}.",
-                fix="Give a folder of task files as --data-dir, or fill lm-eval's cache on a machine with a network.",
-            ) from error
+        rows = run.evaluate(model, names, chosen=chosen, data_dir=data_dir, limit=limit, shots=shots)
     for line in aligned(run.table(rows, chosen)):
         typer.echo(line)
     target = out or _place(checkpoint, suite or "tasks")

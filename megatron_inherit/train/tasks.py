@@ -16,6 +16,7 @@ from megatron_inherit.train.preflight import RunPlan
 from megatron_inherit.train.state import RunState
 
 if TYPE_CHECKING:
+    from megatron_inherit.eval.harness.tasks import Suite
     from megatron_inherit.train.session import Session
 
 logger = get_logger(__name__)
@@ -28,11 +29,13 @@ class TaskScorer:
     Attributes:
         section: Of the recipe.
         names: The tasks.
+        suite: That they are of, if they are of one.
         tokenizer: Of transformers.
     """
 
     section: TasksSection
     names: Sequence[str]
+    suite: Suite | None
     tokenizer: Any
 
     def score(self, run: Session, step: int) -> dict[str, float]:
@@ -64,7 +67,7 @@ class TaskScorer:
         )
         data_dir = None if self.section.data_dir is None else Path(self.section.data_dir)
         with torch.random.fork_rng():  # lm-eval seeds the generators that training goes on with
-            rows = evaluate(adapter, self.names, data_dir=data_dir, limit=self.section.limit)
+            rows = evaluate(adapter, self.names, chosen=self.suite, data_dir=data_dir, limit=self.section.limit)
         values = {f"{row.task}/{row.metric}": row.value for row in rows}
         errors = {f"{row.task}/{row.metric}_stderr": row.stderr for row in rows if row.stderr is not None}
         return values | errors
@@ -75,23 +78,25 @@ def open_tasks(plan: RunPlan, side_files: Sequence[SideFile]) -> TaskScorer | No
 
     Raises:
         UsageError: A task or suite is unknown.
-        DataError: A task's file, or the tokenizer, is missing.
+        DataError: A task's file or data, or the tokenizer, is missing.
     """
     section = plan.config.eval.tasks
     if section is None:
         return None
     from megatron_inherit.base.optional import require
     from megatron_inherit.checkpoint.files import file_pool
-    from megatron_inherit.eval.harness.run import plan_tasks
+    from megatron_inherit.eval.harness.run import plan_tasks, require_data
     from megatron_inherit.eval.hf_folder import load_tokenizer
 
     require("lm_eval", "eval.tasks")
     data_dir = None if section.data_dir is None else Path(section.data_dir)
-    names, _ = plan_tasks(section.names, section.suite, data_dir)
+    names, suite = plan_tasks(section.names, section.suite, data_dir)
+    if data_dir is None:
+        require_data(names)
     with tempfile.TemporaryDirectory(prefix="minherit-") as folder, file_pool() as pool:
         for file in side_files:
             Path(folder, file.name).write_bytes(file.read(pool))
-        return TaskScorer(section, names, load_tokenizer(Path(folder)))
+        return TaskScorer(section, names, suite, load_tokenizer(Path(folder)))
 
 
 def score_tasks_if_due(run: Session, state: RunState) -> None:

@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("lm_eval", reason="needs lm-eval")
 
 import torch
+import yaml
 
 from megatron_inherit.base.errors import DataError, UsageError
 from megatron_inherit.cli.main import main
@@ -201,12 +202,72 @@ def test_true_answers_share_of_probability():
         (["--suite", "inheritune", "--data-dir", "EMPTY"], 4, "10 of 10 tasks are missing"),
         (["--tasks", "piqa", "--data-dir", "nowhere"], 4, "nowhere is not a folder"),
         (["--tasks", "piqa", "--batch-size", "many"], 2, "--batch-size"),
+        (["--tasks", "lambada_openia"], 2, "Did you mean 'lambada_openai'?"),
+        (["--tasks", "mmlu", "--data-dir", "DATA", "--shots", "3"], 2, "--shots is for lm-eval's own tasks"),
     ],
 )
 def test_wrong_requests_end_before_a_model_is_loaded(data, tmp_path_factory, capsys, words, code, message):
     places = {"DATA": str(data), "EMPTY": str(tmp_path_factory.mktemp("empty"))}
     assert main(["evaluate", "no-such-model", *(places.get(word, word) for word in words)]) == code
     assert message in capsys.readouterr().err
+
+
+def test_the_suites_are_made_of_tasks_that_lm_eval_knows_by_these_names():
+    known = set(run._manager(local=False).all_tasks)
+    for name in ("inheritune", "inheritune-gpt2"):
+        assert set(tasks.suite(name).tasks) <= known
+    assert {task.get("lm_eval", name) for name, task in tasks.local_tasks().items()} - known <= {"commonsense_qa"}
+
+
+def test_a_suite_has_its_shots_with_lm_evals_own_data_too():
+    chosen = tasks.suite("inheritune")
+    names = list(chosen.tasks)
+    assert run._by_shots(names, chosen, None, local=False) == {None: names[:-1], 5: ["mmlu"]}
+    assert run._by_shots(names, chosen, 2, local=False) == {2: names}
+    assert run._by_shots(names, chosen, None, local=True) == {None: names}
+
+
+@pytest.mark.slow
+def test_groups_are_a_row_over_all_their_items_and_tags_name_their_tasks(folder, tmp_path, monkeypatch):
+    from lm_eval.tasks import TaskManager
+
+    form = {
+        "dataset_path": "json",
+        "test_split": "test",
+        "tag": ["toys"],
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{query}}",
+        "doc_to_target": "gold",
+        "doc_to_choice": "choices",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    for name, items in (("toy_a", CHOICES[:4]), ("toy_b", CHOICES[4:])):
+        lines(tmp_path / f"{name}.jsonl", items)
+        files = {"data_files": {"test": str(tmp_path / f"{name}.jsonl")}, "cache_dir": str(tmp_path / "cache")}
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"task": name, "dataset_kwargs": files, **form}))
+    aggregate = [{"metric": "acc", "weight_by_size": True}]
+    group = {"group": "toy", "task": ["toy_a", "toy_b"], "aggregate_metric_list": aggregate}
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(group))
+    model = run.hf_model(folder, device="cpu", dtype="fp32")
+    (alone,) = run.evaluate(model, run.plan_tasks([str(tmp_path / "toy_a.yaml")], None, None)[0])
+    assert (alone.task, alone.items, alone.shots) == ("toy_a", 4, 0)
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    monkeypatch.setattr(run, "_manager", lambda local: manager)
+    (whole,) = run.evaluate(model, ["toy"], shots=2)
+    assert (whole.task, whole.metric, whole.items, whole.shots) == ("toy", "acc", 12, 2)
+    both = run.evaluate(model, ["toys"])
+    assert [(row.task, row.items, row.shots) for row in both] == [("toy_a", 4, 0), ("toy_b", 8, 0)]
+    run.require_data(["toy"])
+
+
+@pytest.mark.slow
+def test_data_that_lm_eval_has_not_got_is_said(folder, tmp_path, capsys):
+    task = {"task": "toy", "dataset_path": "nobody/has-this-set", "test_split": "test", "doc_to_text": "{{a}}"}
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump({**task, "doc_to_target": "b", "output_type": "loglikelihood"}))
+    assert main(["evaluate", str(folder), "--tasks", str(tmp_path / "toy.yaml")]) == 4
+    said = capsys.readouterr().err
+    assert "lm-eval cannot get at the data of its tasks" in said
+    assert "--data-dir" in said
 
 
 def test_a_damaged_file_is_named(data):
@@ -218,6 +279,7 @@ def test_a_damaged_file_is_named(data):
 def test_published_rows_carry_binomial_errors():
     chosen = tasks.suite("inheritune")
     assert len(chosen.tasks) == 10
+    assert len(chosen.published) == 6
     assert all(set(values) == set(chosen.tasks) for values in chosen.published.values())
     assert chosen.error("boolq", 0.6168) == pytest.approx(0.0085, abs=1e-4)
     assert tasks.suite("inheritune-gpt2").error("wikitext", 34.84) is None

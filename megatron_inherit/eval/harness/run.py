@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
+import functools
 import logging
 import os
 import platform
@@ -56,6 +58,8 @@ def plan_tasks(
     chosen = suite(suite_name) if suite_name else None
     names = list(chosen.tasks) if chosen else list(tasks)
     if data_dir is None:
+        if chosen is None:
+            _require_known(names)
         return names, chosen
     if not Path(data_dir).is_dir():
         raise DataError(f"{data_dir} is not a folder.", fix="Give the folder of the tasks' files as --data-dir.")
@@ -89,27 +93,87 @@ def evaluate(
         chosen: The suite whose published figures stand beside ours.
         data_dir: Folder of local files.
         limit: First items of each task only.
-        shots: Examples in the prompt, for lm-eval's own tasks.
+        shots: Examples in the prompt of lm-eval's own tasks; default the suite's, else lm-eval's.
 
     Returns:
-        A row a metric; none on a node's processes beyond its first, where lm-eval gives no results.
+        A row a metric; none on a node's processes beyond its first, where lm-eval gives no results. A tag of lm-eval,
+        or a YAML file of its form, gives the rows of the tasks that it names.
+
+    Raises:
+        DataError: The data of lm-eval's own tasks is not in its cache.
     """
     quiet()
     harness = require("lm_eval", "'minherit evaluate'")
-    from lm_eval.tasks import TaskManager
+    rows: list[Row] = []
+    for number, names in _by_shots(tasks, chosen, shots, local=data_dir is not None).items():
+        built: list[Any] = [build_task(name, data_dir) for name in names] if data_dir is not None else names
+        with contextlib.redirect_stdout(sys.stderr), _data_named():
+            results = harness.simple_evaluate(
+                model=model,
+                tasks=built,
+                limit=limit,
+                num_fewshot=number,
+                task_manager=_manager(local=data_dir is not None),
+                log_samples=False,
+                bootstrap_iters=1000,
+            )
+        if results is not None:
+            rows += _rows(results, names, chosen, local=data_dir is not None)
+    return rows
 
-    built: list[Any] = [build_task(name, data_dir) for name in tasks] if data_dir is not None else list(tasks)
-    with contextlib.redirect_stdout(sys.stderr):
-        results = harness.simple_evaluate(
-            model=model,
-            tasks=built,
-            limit=limit,
-            num_fewshot=None if data_dir is not None else shots,
-            task_manager=TaskManager(include_defaults=data_dir is None),
-            log_samples=False,
-            bootstrap_iters=1000,
-        )
-    return [] if results is None else list(_rows(results, tasks, chosen, local=data_dir is not None))
+
+def require_data(tasks: Sequence[str]) -> None:
+    """Opens the data of lm-eval's own tasks, so that what is missing is said before a model is in training.
+
+    Raises:
+        DataError: It is not in lm-eval's cache.
+    """
+    quiet()
+    with contextlib.redirect_stdout(sys.stderr), _data_named():
+        _manager(local=False).load(list(tasks))
+
+
+def _by_shots(
+    tasks: Sequence[str], chosen: Suite | None, shots: int | None, *, local: bool
+) -> dict[int | None, list[str]]:
+    """Puts tasks together that have equally many examples in their prompts; None leaves that to lm-eval or the file."""
+    together: dict[int | None, list[str]] = {}
+    for name in tasks:
+        number = shots if shots is not None or chosen is None else (shots_of(name) or None)
+        together.setdefault(None if local else number, []).append(name)
+    return together
+
+
+@functools.cache
+def _manager(*, local: bool) -> Any:
+    """Gives lm-eval's list of tasks, which takes seconds to read; an empty one for tasks of local files."""
+    return require("lm_eval.tasks", "'minherit evaluate'").TaskManager(include_defaults=not local)
+
+
+def _require_known(names: Sequence[str]) -> None:
+    known = _manager(local=False).all_tasks
+    for name in names:
+        if name not in known and "*" not in name and not Path(name).is_file():
+            near = difflib.get_close_matches(name, known, n=1)
+            raise UsageError(
+                f"lm-eval has no task {name!r}.",
+                fix=f"Did you mean {near[0]!r}?" if near else "'lm-eval ls tasks' lists them; or pass --data-dir.",
+            )
+
+
+@contextlib.contextmanager
+def _data_named() -> Iterator[None]:
+    """Says what is to be done where the data of a task cannot be had."""
+    try:
+        yield
+    except (ConnectionError, FileNotFoundError, ValueError) as error:
+        if isinstance(error, ValueError) and "find cache" not in str(error):
+            raise
+        raise DataError(
+            f"lm-eval cannot get at the data of its tasks: {error}.",
+            fix="Give a folder of task files as --data-dir (eval.tasks.data_dir in a recipe), or fill lm-eval's cache "
+            "on a machine with a network.",
+        ) from error
 
 
 def quiet() -> None:
@@ -132,11 +196,11 @@ def _there(name: str, data_dir: Path) -> bool:
 
 
 def _rows(results: Any, tasks: Sequence[str], chosen: Suite | None, *, local: bool) -> Iterator[Row]:
-    for name in tasks:
-        found = results["results"].get(name, {})
+    for name in _shown(results, tasks):
+        found = results["results"][name]
         values = {key.split(",")[0]: value for key, value in found.items() if isinstance(value, float | int)}
         errors = {key: values.pop(key) for key in list(values) if key.endswith("_stderr")}
-        size = results["n-samples"].get(name, {}).get("effective", 0)
+        size = sum(results["n-samples"].get(part, {}).get("effective", 0) for part in _parts(results, name))
         for metric, value in values.items():
             if metric not in _METRICS:
                 continue
@@ -151,6 +215,19 @@ def _rows(results: Any, tasks: Sequence[str], chosen: Suite | None, *, local: bo
                 stderr=float(error) if isinstance(error, float | int) else None,
                 published=_published(chosen, name, shown),
             )
+
+
+def _shown(results: Any, tasks: Sequence[str]) -> list[str]:
+    """Gives the tasks and groups that were named, and of a tag or file what it named; not the members of a group."""
+    inside = {part for parts in results["group_subtasks"].values() for part in parts}
+    named = [name for name in tasks if name in results["results"]]
+    return named + [name for name in results["results"] if name not in named and name not in inside]
+
+
+def _parts(results: Any, name: str) -> list[str]:
+    """Gives the tasks of a group, of groups in it too; a task itself."""
+    parts = results["group_subtasks"].get(name)
+    return [name] if not parts else [task for part in parts for task in _parts(results, part)]
 
 
 _METRICS = ("acc", "acc_norm", "perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "exact_match", "f1")
