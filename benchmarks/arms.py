@@ -53,11 +53,19 @@ def task_rows(runs: list[Path], files: list[Path]) -> list[dict]:
     for table in task_tables(results):
         print(f"| task | metric | {' | '.join(table.models)} |\n|---|---|{'---|' * len(table.models)}")
         for row in table.rows:
-            cells = [f"{row.values[model][0]:.2f} ± {row.values[model][1]:.2f}" for model in table.models]
+            cells = [_cell(row.values.get(model)) for model in table.models]
             print(f"| {row.task} | {row.metric} | {' | '.join(cells)} |")
             common = {"task": row.task, "metric": row.metric, "shots": row.shots, "items": row.items}
             rows += [{"model": model} | common | {"value": v, "stderr": e} for model, (v, e) in row.values.items()]
     return rows
+
+
+def _cell(cell: tuple[float, float | None] | None) -> str:
+    """Writes a score; a perplexity may have no standard error, and a model may not have been scored."""
+    if cell is None:
+        return ""
+    value, error = cell
+    return f"{value:.2f}" + ("" if error is None else f" ± {error:.2f}")
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:

@@ -58,3 +58,28 @@ def test_every_arm_of_the_training_benchmark_runs_at_toy_size():
         assert f'"arm": "{arm}"' in done.stdout
     for column in ("mfu_palm", "mfu_causal", "share_matmul", "share_attention", "share_loss", "share_idle"):
         assert done.stdout.count(f'"{column}"') == 3
+
+
+def test_a_table_of_tasks_takes_scores_without_an_error_and_models_without_a_score(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import arms
+
+    def row(task, metric, value, stderr):
+        return {"task": task, "metric": metric, "shots": 0, "items": 9, "value": value, "stderr": stderr}
+
+    files = []
+    for name, rows in {
+        "teacher": [row("wikitext", "word_perplexity", 31.93, None), row("piqa", "acc", 0.66, 0.05)],
+        "student": [row("wikitext", "word_perplexity", 33.67, None)],
+    }.items():
+        files.append(tmp_path / f"{name}.json")
+        files[-1].write_text(json.dumps({"checkpoint": f"models/{name}", "rows": rows}))
+    found = arms.task_rows([], files)
+    shown = capsys.readouterr().out
+    assert "| wikitext | word_perplexity | 31.93 | 33.67 |" in shown
+    assert "| piqa | acc | 0.66 ± 0.05 |  |" in shown
+    assert [(line["model"], line["stderr"]) for line in found] == [
+        ("teacher", None),
+        ("student", None),
+        ("teacher", 0.05),
+    ]
