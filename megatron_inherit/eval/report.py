@@ -139,7 +139,9 @@ def render(runs: Sequence[Run], *, title: str = "", price: float | None = None, 
     students = [group for group, arm in zip(groups, arms, strict=True) if not arm.is_teacher]
     teacher = next(((arm.label, arm.loss) for arm in arms if arm.is_teacher and arm.loss is not None), None)
     maps = _maps(groups)
+    comparable = len({arm.fingerprint for arm in arms if arm.fingerprint}) <= 1
     best = min((arm for arm in arms if arm.loss is not None and not arm.is_teacher), key=_loss, default=None)
+    best = best if comparable else None
     paced = best or arms[0]
     page = {
         "title": title or _title(runs, maps),
@@ -147,7 +149,7 @@ def render(runs: Sequence[Run], *, title: str = "", price: float | None = None, 
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "version": __version__,
         "arms": arms,
-        "comparable": len({arm.fingerprint for arm in arms if arm.fingerprint}) <= 1,
+        "comparable": comparable,
         "baseline": next((arm.label for arm in arms if arm.is_baseline), None),
         "several_seeds": any(arm.seeds > 1 for arm in arms),
         "show_blocks": _differs([arm.layers for arm in arms]),
@@ -159,7 +161,7 @@ def render(runs: Sequence[Run], *, title: str = "", price: float | None = None, 
         "best": best,
         "growths": [(growth, _growth_chart(growth)) for growth in extras.growths],
         "charts": [
-            *_loss_charts(students, teacher),
+            *_loss_charts(students, teacher, comparable=comparable),
             *([] if extras.growths else _sweep_chart([arm for arm in arms if not arm.is_teacher])),
         ],
         "tasks": task_tables(
@@ -292,11 +294,12 @@ def _loss(arm: Arm) -> float:
     return math.inf if arm.loss is None else arm.loss
 
 
-def _loss_charts(groups: Sequence[Group], teacher: tuple[str, float] | None) -> list[Chart]:
+def _loss_charts(groups: Sequence[Group], teacher: tuple[str, float] | None, *, comparable: bool) -> list[Chart]:
     charts = []
     if curves := _eval_curves(groups):
         over = "seeds" if any(len(group.runs) > 1 for group in groups) else "windows"
-        note = f"Fixed windows, the same for every arm. Bands: one standard error over the {over}."
+        windows = "the same for every arm" if comparable else "not the same for every arm: heights say nothing"
+        note = f"Fixed windows, {windows}. Bands: one standard error over the {over}."
         charts.append(_chart("Validation loss", note, plots.loss_curves, curves, reference=teacher))
     if curves := _train_curves(groups):
         note = "Mean over equal stretches of steps, before each update."
