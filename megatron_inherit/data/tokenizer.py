@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +15,7 @@ import xxhash
 
 from megatron_inherit.base.errors import DataError, MinheritError
 from megatron_inherit.base.optional import require
+from megatron_inherit.data.sentencepiece_parts import may_be_cut, parts
 
 _GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 _USUAL_EOS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[SEP]")
@@ -130,8 +132,16 @@ class SentencePieceTokenizer:
         self.fingerprint = _fingerprint([file], self.eos_id, self.bos_id)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encodes on the calling thread."""
-        return self._model.encode(list(texts), num_threads=1)
+        """Encodes on the calling thread, in parts where that changes no id."""
+        if not self._may_be_cut:
+            return self._model.encode(list(texts), num_threads=1)
+        cut = [parts(text) for text in texts]
+        encoded = iter(self._model.encode(list(chain.from_iterable(cut)), num_threads=1))
+        return [list(chain.from_iterable(islice(encoded, len(each)))) for each in cut]
+
+    @functools.cached_property
+    def _may_be_cut(self) -> bool:
+        return may_be_cut(self._model)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Decodes; control tokens give no text."""

@@ -57,21 +57,24 @@ def gpt2_folder(folder: Path) -> Path:
     return folder
 
 
-def sentencepiece_model(folder: Path) -> Path:
-    """A SentencePiece BPE model of LLaMA's kind: byte fallback, BOS 1, EOS 2."""
+def sentencepiece_model(folder: Path, **settings: object) -> Path:
+    """A SentencePiece BPE model of LLaMA's kind: byte fallback, BOS 1, EOS 2; settings of the trainer change it."""
     import sentencepiece
 
     folder.mkdir(parents=True, exist_ok=True)
+    llama = {
+        "sentence_iterator": iter(make_texts(300, seed=8)),
+        "vocab_size": 400,
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "character_coverage": 0.98,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+    }
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(make_texts(300, seed=8)),
         model_prefix=str(folder / "tokenizer"),
-        vocab_size=400,
-        model_type="bpe",
-        byte_fallback=True,
-        character_coverage=0.98,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
         minloglevel=2,
+        **llama | settings,
     )
     return folder / "tokenizer.model"
 
