@@ -41,8 +41,7 @@ RATIOS = (
 )
 CASES = tuple(dict.fromkeys(case for pair in RATIOS for case in pair))
 FIGURES = {"call_s": "wall of the call", "call_cpu_s": "CPU of the call", "process_s": "wall of the process"} | {
-    "process_cpu_s": "CPU of the process",
-    "inside_cpu_s": "CPU of the library's encode within the call",
+    "process_cpu_s": "CPU of the process"
 }
 
 
@@ -65,10 +64,6 @@ def bench_tokenize(text: Path, tokenizers: list[str], only: list[str], repeats: 
             note = f"{size} bytes of text in {len(open_documents(text).shards)} shards; medians of {repeats}"
             speed = f"{size / found['call_s'] / 1e6:.4g}"
             rows.append(row("tokenize", f"{label}: {case}", speed, "MB/s", note) | rounded(found))
-        for case, found in middle.items():
-            if "inside_cpu_s" in found:
-                share = f"{found['inside_cpu_s'] / found['call_cpu_s']:.4g}"
-                rows.append(row("tokenize share", f"{label}: {case}, the library's encode", share, "x (CPU)", note))
         for ours, theirs in RATIOS:
             for figure, what in FIGURES.items():
                 if figure in middle.get(ours, {}) and figure in middle.get(theirs, {}):
@@ -140,9 +135,9 @@ def prepared(case: str, text: Path, name: str) -> Iterator[Callable[[], object]]
             options = TokenizeOptions(tokenizer=name, backend=backend)  # type: ignore[arg-type]
             yield partial(tokenize, text, Path(folder) / "tokens", options, workers=int(workers[0]))
             return
-        texts, own = read_texts(text), open_tokenizer(name)
+        texts = read_texts(text)
         if case.startswith("gigatoken"):
-            yield partial(choose_encoder(own, "gigatoken", texts[:8]), texts)
+            yield partial(choose_encoder(open_tokenizer(name), "gigatoken", texts[:8]), texts)
         elif case.startswith("datasets"):
             import datasets
 
@@ -151,30 +146,37 @@ def prepared(case: str, text: Path, name: str) -> Iterator[Callable[[], object]]
             cache = f"{folder}/mapped.arrow"
             how: dict[str, Any] = {"batched": True, "num_proc": 2, "remove_columns": ["text"]}
             yield partial(data.map, MapTokenizer(name), cache_file_name=cache, **how)
-        elif own.kind == "sentencepiece":
-            import sentencepiece
-
-            yield partial(sentencepiece.SentencePieceProcessor(model_file=own.path).encode, texts, num_threads=1)
         else:
-            from tokenizers import Tokenizer
+            yield partial(library(name), texts)
 
-            library = Tokenizer.from_str(own.to_json())  # type: ignore[attr-defined]
-            yield partial(library.encode_batch_fast, texts, add_special_tokens=False)
+
+def library(name: str) -> Callable[[list[str]], list[Any]]:
+    """Gives the library's own encode, on one thread."""
+    own = open_tokenizer(name)
+    if own.kind == "sentencepiece":
+        import sentencepiece
+
+        return partial(sentencepiece.SentencePieceProcessor(model_file=own.path).encode, num_threads=1)
+    from tokenizers import Tokenizer
+
+    opened = Tokenizer.from_str(own.to_json())  # type: ignore[attr-defined]
+    return partial(opened.encode_batch_fast, add_special_tokens=False)
 
 
 class MapTokenizer:
-    """The function of ``datasets.map``; opens the tokenizer once a process."""
+    """The function of ``datasets.map``; opens the library's tokenizer once a process."""
 
     def __init__(self, name: str) -> None:
-        self._name, self._opened = name, None
+        self._name = name
+        self._encode: Callable[[list[str]], list[Any]] | None = None
 
     def __call__(self, batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         """Encodes a batch."""
-        self._opened = self._opened or open_tokenizer(self._name)
-        return {"input_ids": self._opened.encode_batch(batch["text"])}
+        self._encode = self._encode or library(self._name)
+        return {"input_ids": [one if isinstance(one, list) else one.ids for one in self._encode(batch["text"])]}
 
     def __getstate__(self) -> dict[str, object]:
-        return {"_name": self._name, "_opened": None}
+        return {"_name": self._name, "_encode": None}
 
 
 def bench_stages(text: Path, tokenizers: list[str], repeats: int) -> None:
@@ -241,28 +243,10 @@ def child(case: str, text: Path, tokenizer: str) -> None:
     if case == "stages":
         print(json.dumps(stages(text, tokenizer)))
         return
-    inside = watch_encode(tokenizer) if case == "ours, own, 1 process" else {}
     with prepared(case, text, tokenizer) as work:
         wall, cpu = time.perf_counter(), time.process_time()
         work()
-        spent = {"call_s": time.perf_counter() - wall, "call_cpu_s": time.process_time() - cpu}
-        print(json.dumps(spent | inside))
-
-
-def watch_encode(name: str) -> dict[str, float]:
-    """Adds up the CPU seconds of the tokenizer's own encode from here on, in what it returns."""
-    kind, spent = type(open_tokenizer(name)), {"inside_cpu_s": 0.0}
-    encode = kind.encode_batch
-
-    def timed_encode(self: Any, texts: Any) -> Any:
-        began = time.process_time()
-        try:
-            return encode(self, texts)
-        finally:
-            spent["inside_cpu_s"] += time.process_time() - began
-
-    setattr(kind, "encode_batch", timed_encode)  # noqa: B010  a method, for this process
-    return spent
+        print(json.dumps({"call_s": time.perf_counter() - wall, "call_cpu_s": time.process_time() - cpu}))
 
 
 if __name__ == "__main__":
