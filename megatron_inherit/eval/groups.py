@@ -131,27 +131,39 @@ def gap(group: Group, control: Group) -> Estimate:
 
 @dataclass(frozen=True)
 class Sooner:
-    """How many times fewer steps an arm needs for the control's final loss.
+    """How many times fewer steps an arm needs than the control for a loss that both come down to.
 
     Attributes:
-        times: The ratio.
-        at_least: The arm was there at its first evaluation after the start, so that the ratio is a lower bound.
+        times: The ratio; below 1 the control is there first.
+        bound: ``≥`` where the arm, ``≤`` where the control was there at its first evaluation after the start, so that
+            only a bound of the ratio is known.
     """
 
     times: float
-    at_least: bool
+    bound: str = ""
 
     def __str__(self) -> str:
-        return f"{'≥' if self.at_least else ''}{self.times:.1f}x"
+        return f"{self.bound}{self.times:.{1 if self.times >= 1 else 2}f}x"
 
 
 def sooner(group: Group, control: Group) -> Sooner | None:
-    """Compares the steps that two arms need for the control's final loss; None where the first never gets there."""
-    reached, needed = group.reaches(control.losses[-1]), control.reaches(control.losses[-1])
-    if reached is None or needed is None:
+    """Compares the steps that two arms need for the higher of their final losses.
+
+    None where both were there at their first evaluation after the start.
+    """
+    loss = max(group.losses[-1], control.losses[-1])
+    ours, is_ours_early = _first_at(group, loss)
+    theirs, is_theirs_early = _first_at(control, loss)
+    if is_ours_early and is_theirs_early:
         return None
-    first = group.steps[min(1, len(group.steps) - 1)]
-    return Sooner(needed / max(reached, first), at_least=reached <= first)
+    return Sooner(theirs / ours, "≥" if is_ours_early else "≤" if is_theirs_early else "")
+
+
+def _first_at(group: Group, loss: float) -> tuple[float, bool]:
+    """Gives the step at which an arm is at a loss that it gets to, and whether it was there earlier."""
+    first = float(group.steps[min(1, len(group.steps) - 1)])
+    reached = group.reaches(loss) or first
+    return max(reached, first), reached <= first
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:

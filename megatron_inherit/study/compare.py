@@ -14,6 +14,7 @@ from typing import Any
 from megatron_inherit.base.errors import DataError, UsageError
 from megatron_inherit.base.quantities import format_count
 from megatron_inherit.eval.groups import Estimate, Group, Sooner, gap, require_same_windows, sooner
+from megatron_inherit.eval.rerun import studies_in
 from megatron_inherit.eval.runs import METRICS, Run, load_run, read_json
 from megatron_inherit.plan.plan import describe_layers
 from megatron_inherit.study.arms import is_finished
@@ -37,7 +38,7 @@ class Line:
         marks: Mean losses at ``MARKS``.
         final: Loss at the end.
         gap: To the control at its end; None for the control, and while that has not finished.
-        sooner: Times fewer steps than the control for the control's final loss; None where it never gets there.
+        sooner: Times fewer steps than the control for the higher of their final losses; None where that is not known.
         is_control: Gaps are taken to it.
     """
 
@@ -98,7 +99,7 @@ def find_studies(folder: Path) -> list[Path]:
     Raises:
         UsageError: There is none.
     """
-    found = [path for path in sorted(folder.glob("*.yaml")) if path.is_file()]
+    found = studies_in(folder)
     if not found:
         raise UsageError(f"{folder} holds no study.", fix="Run one with 'minherit study run STUDY --out FOLDER'.")
     return found
@@ -207,7 +208,7 @@ def _cells(line: Line) -> list[str]:
         _error(line.final.seeds),
         "control" if line.is_control else "" if difference is None else f"{difference.mean:+.3f}",
         "" if difference is None else f"{_error(difference.windows)} / {_error(difference.seeds)}",
-        "" if difference is None else "never" if line.sooner is None else str(line.sooner),
+        "" if line.sooner is None else str(line.sooner),
     ]
 
 

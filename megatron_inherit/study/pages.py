@@ -35,7 +35,7 @@ def page_tables(found: Findings) -> list[PageTable]:
     head, rows = table_of(found)
     note = (
         f"Losses in nats a token, means over the seeds; gaps to {section.control}, their errors paired by window / by "
-        "seed; sooner: how many times fewer steps to the control's final loss."
+        "seed; sooner: how many times fewer steps than the control to a loss that both reach."
     )
     if found.missing:
         note += f" Not finished: {', '.join(found.missing)}."

@@ -54,10 +54,15 @@ def test_sooner(tmp_path):
     control = Group("c", (run(tmp_path / "c", [6, 5, 4, 3, 2]),))
     found = sooner(Group("a", (run(tmp_path / "a", [4, 3, 1, 1, 1]),)), control)
     assert found.times == pytest.approx(40 / 15)
-    assert not found.at_least
-    assert sooner(Group("b", (run(tmp_path / "b", [4, 3]),)), control) is None
+    assert str(found) == "2.7x"
+    worse = sooner(Group("b", (run(tmp_path / "b", [8, 7, 6, 3.5]),)), control)
+    assert worse.times == pytest.approx(25 / 30), "steps to 3.5 nats, where this arm ends"
+    assert str(worse) == "0.83x"
     early = sooner(Group("d", (run(tmp_path / "d", [4, 1]),)), control)
-    assert (early.times, early.at_least, str(early)) == (4, True, "≥4.0x")
+    assert (early.times, str(early)) == (4, "≥4.0x")
+    late = sooner(Group("e", (run(tmp_path / "e", [9, 8, 7, 6, 5.5]),)), control)
+    assert (late.times, str(late)) == (0.25, "≤0.25x")
+    assert sooner(Group("f", (run(tmp_path / "f", [9, 8]),)), Group("g", (run(tmp_path / "g", [9, 7]),))) is None
 
 
 def test_runs_are_grouped_by_arm(tmp_path):

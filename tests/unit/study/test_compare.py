@@ -4,9 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_inherit.base.errors import UsageError
 from megatron_inherit.eval.groups import Estimate, Sooner
-from megatron_inherit.study.compare import Line, judge, table_of
+from megatron_inherit.study.compare import Line, find_studies, judge, table_of
 from megatron_inherit.study.schema import ClaimSection
+from tests.unit.study.test_schema import study
 
 
 class Curve:
@@ -47,7 +49,7 @@ def test_a_claim_holds_or_not(claim, gains, holds):
 
 def line(arm, parameters, gap=None):
     final = Estimate(2.0, 0.03, None)
-    sooner = None if gap is None else Sooner(2.0, at_least=True)
+    sooner = None if gap is None else Sooner(2.0, "≥")
     return Line(arm, (0, 1), (1, 2), 400, parameters, 5.0, (4.0, 3.0), final, gap, sooner, is_control=gap is None)
 
 
@@ -64,3 +66,11 @@ def test_parameters_are_a_column_where_arms_differ_in_them():
         "final": "2.000", "± windows": "0.030", "± seeds": "-", "gap": "-0.500", "± gap": "0.010 / 0.020",
         "sooner": "≥2.0x",
     }  # fmt: skip
+
+
+def test_only_studies_are_taken_for_studies(tmp_path):
+    (tmp_path / "grow.yaml").write_text("run: {output: here}\n")
+    with pytest.raises(UsageError, match="holds no study"):
+        find_studies(tmp_path)
+    path = study(tmp_path)
+    assert find_studies(tmp_path) == [path]
