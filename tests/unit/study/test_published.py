@@ -16,6 +16,7 @@ ROWS = ROOT / "benchmarks" / "results"
 PAGES = {
     "initialisation.md": "study_initialisation.csv",
     "layer-choice.md": "study_layers.csv",
+    "depth.md": "study_depth.csv",
     "baselines.md": "study_baselines.csv",
     "repetition.md": "study_repetition.csv",
     "rewarming.md": "study_rewarming.csv",
