@@ -29,11 +29,15 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existin
 Place = Annotated[
     str,
     typer.Option(
-        help="front, middle, back, even, proportional (default, with at least as many layers as stages), auto, "
+        help="front, middle, back, even, ends, proportional (default, with at least as many layers as stages), auto, "
         "or a stage a layer: 0,0,1,2."
     ),
 ]
 Windows = Annotated[str, typer.Option(help="File of evaluation windows; --place auto is measured on them.")]
+ProbeTokens = Annotated[
+    str, typer.Option(metavar="COUNT", help="Tokens of the first windows to measure on, for instance 64k.")
+]
+PROBE_TOKENS = "64k"
 
 
 @app.command()
@@ -57,11 +61,11 @@ def plan(
     split = partition(stages, pp, vpp, allow_cross_rank=allow_cross_rank)
     counts = None if config is None else count_shared(config, stages)
     if as_json:
-        facts = {"plan": stages.to_json(), "bounds": split.bounds, "balance": split.balance}
         more = {} if counts is None else {"unique": counts.unique, "virtual": counts.virtual}
-        typer.echo(json.dumps(facts | more))
+        typer.echo(json.dumps({"plan": stages.to_json(), **split.to_json(config), **more}))
         return
-    typer.echo(f"{stages}\n{stages.draw()}")
+    ranks = {"rank": [split.rank_of(layer) for layer in range(stages.num_layers)]} if pp > 1 else {}
+    typer.echo(f"{stages}\n{stages.draw(**ranks)}")
     if counts is not None:
         typer.echo(f"parameters: {counts.unique:,} stored, {counts.virtual:,} passed by a token ({counts.ratio:.2f}x)")
     if pp > 1:
@@ -151,6 +155,7 @@ def expand(
     depth: Annotated[int, typer.Option(min=1, help="Layers of the descendant.")],
     place: Place = "",
     windows: Windows = "",
+    probe_tokens: ProbeTokens = PROBE_TOKENS,
     format: Annotated[str, typer.Option(help="hf, meta, megatron, torch_dist or ds_universal.")] = "hf",
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel size of the output.")] = 1,
     pp: Annotated[int, typer.Option(min=1, help="Pipeline-parallel size of the output.")] = 1,
@@ -162,14 +167,18 @@ def expand(
     as_json: AsJson = False,
 ) -> None:
     """Make a descendant of any depth, an ordinary model."""
+    from megatron_inherit.base.quantities import parse_count
+    from megatron_inherit.cli.share_place import choose, probe_windows
     from megatron_inherit.cli.transfer import run_transfer
     from megatron_inherit.plan.plan import Layout
     from megatron_inherit.sharing.expand import plan_descendant
 
     with _open(learngene) as source:
-        stages = _placement(source, depth, place, windows, quiet=as_json)
+        chosen = choose(source, depth, place, probe_windows(windows, parse_count(probe_tokens), source.config))
+        for line in () if as_json else chosen.table():
+            typer.echo(line)
         layout = Layout(format=format, tp=tp, pp=pp, vpp=vpp)
-        made = plan_descendant(source, stages, layout=layout, dtype=_dtype(dtype), compress=_method(compress))
+        made = plan_descendant(source, chosen.stages, layout=layout, dtype=_dtype(dtype), compress=_method(compress))
         run_transfer(made, source, out, dry_run=dry_run, as_json=as_json, overwrite=overwrite)
 
 
@@ -180,21 +189,26 @@ def family(
     depths: Annotated[str, typer.Option(help="For instance 6-16 or 6,8,12.")] = "6-16",
     place: Place = "",
     windows: Windows = "",
+    probe_tokens: ProbeTokens = PROBE_TOKENS,
     auxiliary_steps: Annotated[int, typer.Option(min=0, help="Steps the auxiliary took, for the report.")] = 0,
     tuning_steps: Annotated[int, typer.Option(min=0, help="Steps each descendant will take.")] = 0,
     scratch_steps: Annotated[int, typer.Option(min=0, help="Steps each would take from scratch.")] = 0,
+    format: Annotated[str, typer.Option(help="hf, meta, megatron, torch_dist or ds_universal.")] = "hf",
     dtype: DType = "",
+    compress: Compress = "",
     overwrite: Overwrite = False,
 ) -> None:
     """Make descendants of many depths, and say what that saves over storing and training each."""
-    from megatron_inherit.base.atomic import write_json
-    from megatron_inherit.inherit.select import parse_layers
-    from megatron_inherit.plan.execute import execute
-    from megatron_inherit.sharing.expand import plan_descendant
+    from megatron_inherit.base.quantities import parse_count
+    from megatron_inherit.cli.share_family import make_family, require_steps
+    from megatron_inherit.cli.share_place import probe_windows
+    from megatron_inherit.plan.plan import Layout
+    from megatron_inherit.sharing.expand import parse_depths, plan_descendant
     from megatron_inherit.sharing.learngene import require_plan
     from megatron_inherit.sharing.tensors import family_report
 
-    chosen = parse_layers(depths, 1 << 20)
+    require_steps(auxiliary_steps, tuning_steps, scratch_steps)
+    chosen, kind, method = parse_depths(depths), _dtype(dtype), _method(compress)
     with _open(learngene) as source:
         report = family_report(
             source.config,
@@ -204,16 +218,15 @@ def family(
             tuning_steps=tuning_steps,
             scratch_steps=scratch_steps,
         )
-        rows = []
-        for depth in chosen:
-            stages = _placement(source, depth, place, windows, quiet=True)
-            made = plan_descendant(source, stages, dtype=_dtype(dtype))
-            execute(made, out / f"depth-{depth:02d}", source=source, overwrite=overwrite)
-            rows.append({"depth": depth, "stages": stages, "loss": _zero_shot(source, stages, windows)})
-            loss = "" if rows[-1]["loss"] is None else f", {rows[-1]['loss']:.4f} nats before any training"
-            typer.echo(f"{out}/depth-{depth:02d}: stages {','.join(map(str, stages))}{loss}")
-        write_json(out / "family.json", {"plan": str(require_plan(source)), "members": rows, "saving": str(report)})
-        typer.echo(str(report))
+        make_family(
+            source,
+            out,
+            report,
+            lambda stages: plan_descendant(source, stages, layout=Layout(format=format), dtype=kind, compress=method),
+            place=place,
+            windows=probe_windows(windows, parse_count(probe_tokens), source.config),
+            overwrite=overwrite,
+        )
 
 
 def _open(path: str | Path) -> Source:
@@ -240,38 +253,6 @@ def _plan_and_model(text: str, model: str) -> tuple[StagePlan, ModelConfig | Non
                 found = source.config
         config = found.with_layers(stages.num_layers)
     return stages, config
-
-
-def _placement(source: Source, depth: int, rule: str, windows: str, *, quiet: bool) -> tuple[int, ...]:
-    from megatron_inherit.base.errors import UsageError
-    from megatron_inherit.sharing.expand import candidates, place
-    from megatron_inherit.sharing.learngene import require_plan
-
-    plan = require_plan(source)
-    if rule != "auto":
-        return place(plan, depth, rule)
-    if not windows:
-        raise UsageError(
-            "--place auto measures placements.", fix="Pass --windows FILE ('minherit data windows' makes one)."
-        )
-    from megatron_inherit.data.windows import EvalWindows
-    from megatron_inherit.sharing.probe import probe_placements
-
-    tried = candidates(plan, depth)
-    losses = probe_placements(source, tried, EvalWindows.load(windows).tokens)
-    if not quiet:
-        for stages, loss in sorted(losses.items(), key=lambda item: item[1]):
-            typer.echo(f"{loss:.4f} nats  {tried[stages]:<12} {','.join(map(str, stages))}")
-    return min(losses, key=lambda stages: losses[stages])
-
-
-def _zero_shot(source: Source, stages: tuple[int, ...], windows: str) -> float | None:
-    if not windows:
-        return None
-    from megatron_inherit.data.windows import EvalWindows
-    from megatron_inherit.sharing.probe import probe_placements
-
-    return probe_placements(source, [stages], EvalWindows.load(windows).tokens)[stages]
 
 
 def _start(text: str) -> Start:

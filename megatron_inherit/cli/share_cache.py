@@ -39,6 +39,7 @@ def make_cache(
 
     Raises:
         ConfigError: The recipe names no teacher, or more entries are asked for than there are tokens.
+        DataError: The data has fewer samples, or the folder holds another cache.
     """
     from megatron_inherit.distill.teacher import target_predictor
     from megatron_inherit.model.build import DTYPES
@@ -46,14 +47,18 @@ def make_cache(
     from megatron_inherit.train.objectives import teacher_of
     from megatron_inherit.train.preflight import plan_run
 
-    plan = plan_run(config, world_size=1)
-    teacher = teacher_of(config, plan.model)
+    alone = config.model_copy(update={"parallel": type(config.parallel)()})  # who trains with it does not matter
+    plan = plan_run(alone, world_size=1)
+    teacher = teacher_of(alone, plan.model)
     if teacher is None:
         raise ConfigError("The recipe names no teacher.", fix="Set distill.teacher.")
     if entries > teacher.config.vocab_size:
-        raise ConfigError("More entries than tokens.", got=entries, expected=f"at most {teacher.config.vocab_size}")
+        raise ConfigError(
+            "--entries: more than the teacher has tokens.", got=entries, expected=f"at most {teacher.config.vocab_size}"
+        )
     loader = open_run_loader(plan, 0)
     count = samples or plan.total_samples
+    loader.require(count)
     wanted = Manifest(
         key=cache_key(teacher, loader, temperature=config.distill.temperature),
         method=method,

@@ -39,6 +39,7 @@ def run_transfer(
     threads: int | None = None,
     resume: bool = False,
     zero_copy: bool = False,
+    quiet: bool = False,
     record: Mapping[str, Any] | None = None,
 ) -> None:
     """Prints a plan or carries it out.
@@ -53,6 +54,7 @@ def run_transfer(
         threads: Tensors moved at once.
         resume: Continues an interrupted transfer into the same folder.
         zero_copy: Links data files instead of writing them, where the format can.
+        quiet: Says nothing, for a caller that makes many.
         record: Added to ``inherit.json``.
     """
     output = _predict(plan, source, zero_copy=zero_copy)
@@ -60,7 +62,7 @@ def run_transfer(
         typer.echo(_json(_facts(plan, output, source)) if as_json else "\n".join(_lines(plan, output, source)))
         return
     refuse_existing(folder, overwrite=overwrite, source=source.path if source else None)
-    if not as_json:
+    if not (as_json or quiet):
         typer.echo("\n".join(_summary(plan, output, source)))
     texts = {"environment.json": json.dumps(collect_environment(), indent=2) + "\n"}
     note = read_provenance(source)[0] if source else ""
@@ -70,7 +72,7 @@ def run_transfer(
     if zero_copy and source is not None:
         done = execute_linked(plan, folder, source=source, overwrite=overwrite, texts=texts, record=details)
     else:
-        with progress_bar(plan.weight_bytes, quiet=as_json) as advance:
+        with progress_bar(plan.weight_bytes, quiet=as_json or quiet) as advance:
             done = execute(
                 plan,
                 folder,
@@ -82,6 +84,8 @@ def run_transfer(
                 progress=advance,
                 resume=resume,
             )
+    if quiet:
+        return
     size = done.bytes_written if output.linked else output.written
     last = f"{done.folder}: {format_bytes(size)} in {format_seconds(done.seconds)}"
     typer.echo(_json(_facts(plan, output, source) | _outcome(done)) if as_json else last)

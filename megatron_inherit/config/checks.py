@@ -144,6 +144,8 @@ def check_distill(config: RunConfig) -> None:
         )
     if distill.alpha_end is not None and not distill.alpha_steps:
         raise ConfigError("distill.alpha_end: in how many steps?", fix="Set distill.alpha_steps.")
+    if distill.alpha_steps and distill.alpha_end is None:
+        raise ConfigError("distill.alpha_steps: towards which share?", fix="Set distill.alpha_end.")
     if distill.cache is not None and (distill.kind != "forward" or distill.hidden_weight):
         raise ConfigError(
             "distill.cache: cached targets serve forward KL and nothing else.",

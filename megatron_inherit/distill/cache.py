@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 
 Method = Literal["top", "draw"]
 MANIFEST = "manifest.json"
-VERSION = 1
+VERSION = 2
 UNDRAWN = -30.0
 """Log-probability stored for a place that no draw filled: too little to matter, and finite."""
+SAMPLED = 32
+"""Largest edge of the boxes whose values identify a teacher's tensor."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,6 @@ class CacheKey:
 
 def cache_key(teacher: Source, loader: Loader, *, temperature: float) -> CacheKey:
     """Gives what the targets of a teacher on a loader's samples depend on."""
-    from megatron_inherit.distill.teacher import teacher_fingerprint
-
     tokenizer = loader.stream.tokenizer
     return CacheKey(
         teacher=teacher_fingerprint(teacher),
@@ -65,6 +65,30 @@ def cache_key(teacher: Source, loader: Loader, *, temperature: float) -> CacheKe
         sequence_length=loader.sequence_length,
         vocab_size=teacher.config.vocab_size,
     )
+
+
+def teacher_fingerprint(source: Source) -> str:
+    """Hashes what identifies a teacher: headers, index and configuration, and three boxes of values of each tensor.
+
+    Checkpoints of one shape, as a base model and its tuned ones, or steps of one run, differ in their values alone.
+    """
+    import xxhash
+
+    state = xxhash.xxh3_128()
+    for name in sorted(source.identity):
+        state.update(f"{name}={source.identity[name]}\n".encode())
+    for name, stored in source.tensors.items():
+        state.update(f"{name}\n".encode())
+        for place in range(3):
+            box = tuple(_piece(size, place) for size in stored.shape)
+            state.update(source.read(name, box).data.tobytes())
+    return state.hexdigest()
+
+
+def _piece(size: int, place: int) -> slice:
+    """Gives the first, the middle or the last elements of a dimension."""
+    low = max(0, size - SAMPLED) * place // 2
+    return slice(low, min(size, low + SAMPLED))
 
 
 @dataclass(frozen=True)
@@ -88,9 +112,14 @@ class Manifest:
     shards: tuple[str, ...] = ()
 
     @property
+    def num_shards(self) -> int:
+        """Shards of the complete cache."""
+        return -(-self.num_samples // self.shard_samples)
+
+    @property
     def complete(self) -> bool:
-        """Tells whether all shards are there."""
-        return len(self.shards) == -(-self.num_samples // self.shard_samples)
+        """Tells whether all shards were written."""
+        return len(self.shards) == self.num_shards
 
     def save(self, folder: Path) -> None:
         """Writes the manifest in one step."""
@@ -106,10 +135,13 @@ class Manifest:
         path = Path(folder) / MANIFEST
         if not path.is_file():
             raise DataError(f"{folder} holds no cached targets.", fix="Make them with: minherit share cache.")
-        value: dict[str, Any] = json.loads(path.read_text())
-        if value.pop("version", None) != VERSION:
-            raise DataError(f"{path} is of another version.", fix="Make the cache again.")
-        return cls(**(value | {"key": CacheKey(**value["key"]), "shards": tuple(value["shards"])}))
+        try:
+            value: dict[str, Any] = json.loads(path.read_text())
+            if value.pop("version", None) != VERSION:
+                raise DataError(f"{path} is of another version.", fix="Make the cache again.")
+            return cls(**(value | {"key": CacheKey(**value["key"]), "shards": tuple(value["shards"])}))
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise DataError(f"{path} is damaged, or of something else.", fix="Make the cache again.") from None
 
 
 def shard_path(folder: Path, index: int) -> Path:
@@ -178,7 +210,7 @@ def ghost_of(log_probs: torch.Tensor) -> torch.Tensor:
 def write_cache(
     folder: Path, wanted: Manifest, batch: Callable[[int, int], Batch], predict: Callable[[Batch], Targets]
 ) -> Iterator[int]:
-    """Writes the missing shards one by one and yields the number of samples done after each.
+    """Writes missing and damaged shards one by one and yields the number of samples done after each.
 
     Args:
         folder: Output; a cache of the same key that was interrupted is continued.
@@ -195,14 +227,31 @@ def write_cache(
     if (folder / MANIFEST).exists():
         manifest = Manifest.load(folder)
         _require_equal(dataclasses.replace(manifest, shards=()), dataclasses.replace(wanted, shards=()), folder)
-    while not manifest.complete:
-        index = len(manifest.shards)
+    shards = list(manifest.shards)
+    for index in _missing(folder, manifest):
         start = index * wanted.shard_samples
         count = min(wanted.shard_samples, wanted.num_samples - start)
         digest = _write_shard(shard_path(folder, index), predict(batch(start, count)), wanted.key.vocab_size)
-        manifest = dataclasses.replace(manifest, shards=(*manifest.shards, digest))
-        manifest.save(folder)
+        shards[index : index + 1] = [digest]
+        dataclasses.replace(manifest, shards=tuple(shards)).save(folder)
         yield start + count
+
+
+def _missing(folder: Path, manifest: Manifest) -> list[int]:
+    """Lists the shards to make: those that were not made yet, and those that are no longer what was written."""
+    return [
+        index
+        for index in range(manifest.num_shards)
+        if index >= len(manifest.shards) or not _read_whole(shard_path(folder, index), manifest.shards[index])
+    ]
+
+
+def _read_whole(path: Path, digest: str) -> bytes:
+    """Reads a shard; gives nothing where it is not there or not what was written."""
+    import xxhash
+
+    data = path.read_bytes() if path.is_file() else b""
+    return data if xxhash.xxh3_64_hexdigest(data) == digest else b""
 
 
 def _write_shard(path: Path, targets: Targets, vocab_size: int) -> str:
@@ -237,7 +286,7 @@ class CachedTargets:
         key: What this run has; must equal the cache's.
 
     Raises:
-        DataError: The cache is incomplete or damaged, or is of another teacher, tokenizer, data order or temperature.
+        DataError: The cache is incomplete, or is of another teacher, tokenizer, data order or temperature.
     """
 
     def __init__(self, folder: Path, key: CacheKey) -> None:
@@ -249,31 +298,40 @@ class CachedTargets:
                 got=f"{len(self.manifest.shards)} shards",
                 fix="Run the same 'minherit share cache' again: it goes on where it stopped.",
             )
+        for index in range(len(self.manifest.shards)):
+            if not shard_path(self.folder, index).is_file():
+                raise _damaged(shard_path(self.folder, index))
         self._open: dict[int, dict[str, np.ndarray]] = {}
+
+    def require(self, samples: int) -> None:
+        """Raises DataError unless the first so many samples are in the cache."""
+        if samples > self.manifest.num_samples:
+            raise DataError(
+                f"The cached targets in {self.folder} end at sample {self.manifest.num_samples}.",
+                got=f"{samples} samples of this run",
+                fix="Cache as many samples as the run takes, or shorten the run.",
+            )
 
     def read(self, sample_ids: np.ndarray) -> Targets:
         """Gives ids int64 and log-probabilities float32, both [samples, sequence, k]."""
-        beyond = sample_ids[(sample_ids < 0) | (sample_ids >= self.manifest.num_samples)]
-        if len(beyond):
-            raise DataError(
-                f"The cached targets end at sample {self.manifest.num_samples}.",
-                got=f"sample {int(beyond[0])}",
-                fix="Cache as many samples as the run takes, or shorten the run.",
-            )
+        self.require(int(sample_ids.max()) + 1)
         rows = [divmod(int(index), self.manifest.shard_samples) for index in sample_ids]
         ids = np.stack([self._shard(shard)["ids"][row] for shard, row in rows]).astype(np.int64)
         return ids, np.stack([self._shard(shard)["log_probs"][row] for shard, row in rows]).astype(np.float32)
 
     def _shard(self, index: int) -> dict[str, np.ndarray]:
         if index not in self._open:
-            import xxhash
             from safetensors.numpy import load
 
             path = shard_path(self.folder, index)
-            data = path.read_bytes() if path.is_file() else b""
-            if xxhash.xxh3_64_hexdigest(data) != self.manifest.shards[index]:
-                raise DataError(f"{path} is missing or damaged.", fix="Remove it and its later shards, cache again.")
+            data = _read_whole(path, self.manifest.shards[index])
+            if not data:
+                raise _damaged(path)
             while len(self._open) >= 2:
                 self._open.pop(next(iter(self._open)))
             self._open[index] = load(data)
         return self._open[index]
+
+
+def _damaged(path: Path) -> DataError:
+    return DataError(f"{path} is missing or damaged.", fix="Run the same 'minherit share cache' again.")

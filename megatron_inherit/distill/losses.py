@@ -5,6 +5,7 @@ The divergences themselves are ``kernels.dispatch.linear_kl`` and ``linear_topk_
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -13,6 +14,9 @@ from megatron_inherit.base.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
+
+    from megatron_inherit.sharing.partition import Partition
+    from megatron_inherit.sharing.stage_plan import StagePlan
 
 Divergence = Literal["forward", "reverse", "jsd"]
 Distance = Literal["mse", "cosine"]
@@ -101,3 +105,30 @@ def stage_ends(counts: Sequence[int], teacher_layers: int) -> tuple[int, ...]:
         passed += count
         ends.append(max(1, round(teacher_layers * passed / depth)))
     return tuple(ends)
+
+
+def hidden_pairs(plan: StagePlan, teacher_layers: int) -> tuple[tuple[int, int], ...]:
+    """Pairs the ends of a student's stages with a teacher's layers, both as numbers of layers passed.
+
+    Args:
+        plan: The student's; where its stages do not follow one another every layer is an end.
+        teacher_layers: Depth of the teacher.
+    """
+    counts = plan.counts if plan.contiguous else (1,) * plan.num_layers
+    return tuple(zip(itertools.accumulate(counts), stage_ends(counts, teacher_layers), strict=True))
+
+
+def require_pairs_on_one_rank(student: Partition, teacher: Partition) -> None:
+    """Refuses pipelines on which a stage's end and the teacher's layer that it is compared with are on two ranks.
+
+    Raises:
+        ConfigError: They are, so that the comparison would be left out.
+    """
+    for mine, theirs in hidden_pairs(student.plan, teacher.plan.num_layers):
+        if student.rank_of(mine - 1) != teacher.rank_of(theirs - 1):
+            raise ConfigError(
+                f"distill.hidden_weight: the stage that ends after layer {mine} is compared with the teacher after its "
+                f"layer {theirs}, which lies on another pipeline rank.",
+                got=f"pipeline ranks {student.rank_of(mine - 1)} and {teacher.rank_of(theirs - 1)}",
+                fix="Set parallel.pp lower, take a deeper teacher, or set distill.hidden_weight to 0.",
+            )

@@ -13,11 +13,11 @@ import torch
 
 from megatron_inherit.base.errors import ConfigError
 from megatron_inherit.distill.cache import CachedTargets, ghost_of
-from megatron_inherit.distill.losses import Mix, hidden_distance, stage_ends
+from megatron_inherit.distill.losses import Mix, hidden_distance, hidden_pairs
 from megatron_inherit.distill.teacher import layers_at
 from megatron_inherit.kernels.dispatch import linear_cross_entropy, linear_kl, linear_topk_kl
 from megatron_inherit.model.language_model import IGNORED
-from megatron_inherit.sharing.stage_plan import StagePlan
+from megatron_inherit.sharing.stage_plan import StagePlan, unshared
 
 if TYPE_CHECKING:
     from megatron_inherit.data.loader import Batch
@@ -84,15 +84,13 @@ class Distillation:
         """Puts the comparisons of hidden states into a student's layers; call it once, when the student is built."""
         if not self.mix.hidden_weight or self.teacher is None:
             return
-        depth = student[0].model.num_layers
-        counts = self.plan.counts if self.plan is not None and self.plan.contiguous else (1,) * depth
-        ends = stage_ends(counts, self.teacher[0].model.num_layers)
-        passed = [sum(counts[: stage + 1]) for stage in range(len(counts))]
+        plan = self.plan or unshared(student[0].model.num_layers)
+        pairs = hidden_pairs(plan, self.teacher[0].model.num_layers)
         own, others = layers_at(student), layers_at(self.teacher)
-        for stage, (mine, theirs) in enumerate(zip(passed, ends, strict=True)):
-            if mine in own and theirs in others:
+        for stage, (mine, theirs) in enumerate(pairs):
+            if mine in own:
                 others[theirs].register_forward_hook(self._keeper(stage))
-                own[mine].register_forward_hook(self._comparer(stage, self.mix.hidden_weight / len(counts)))
+                own[mine].register_forward_hook(self._comparer(stage, self.mix.hidden_weight / len(pairs)))
 
     def begin(self, step: int, micro_batches: Sequence[Batch], *, scale: float, run: Run) -> None:
         """Prepares an optimizer step.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from megatron_inherit.distill.losses import Mix
+from megatron_inherit.distill.losses import Mix, require_pairs_on_one_rank
 
 if TYPE_CHECKING:
     from megatron_inherit.checkpoint.stream import Source
@@ -48,6 +48,8 @@ class Distill:
         from megatron_inherit.distill.teacher import build_teacher, teacher_partition
 
         cut = teacher_partition(self.teacher.config.num_layers, layout)
+        if self.mix.hidden_weight:
+            require_pairs_on_one_rank(layout, cut)
         return build_teacher(self.teacher, parallel, groups, device, partition=cut, **fields)
 
     def objective(

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import xxhash
 
 from megatron_inherit.arch.model_config import ModelConfig
 from megatron_inherit.base.errors import ConfigError
@@ -26,31 +25,42 @@ if TYPE_CHECKING:
     from megatron_inherit.model.language_model import LanguageModel
 
 
-def teacher_fingerprint(source: Source) -> str:
-    """Hashes what identifies a teacher: the hashes of its headers, index and configuration."""
-    state = xxhash.xxh3_128()
-    for name in sorted(source.identity):
-        state.update(f"{name}={source.identity[name]}\n".encode())
-    return state.hexdigest()
+def check_teacher(teacher: ModelConfig, student: ModelConfig, *, sequence_length: int, hidden: bool, tp: int) -> None:
+    """Refuses a teacher that cannot read the student's samples or cannot be cut as its student is.
 
-
-def check_teacher(teacher: ModelConfig, student: ModelConfig, *, hidden: bool) -> None:
-    """Refuses a teacher whose tokens, or whose width where hidden states are compared, are not the student's.
+    Args:
+        teacher: Its configuration.
+        student: The student's.
+        sequence_length: Tokens of a sample.
+        hidden: Hidden states are compared, which takes equal widths.
+        tp: Tensor parallel size of the ranks that it shares with its student.
 
     Raises:
-        ConfigError: They differ.
+        ConfigError: They do not fit.
     """
     if teacher.vocab_size != student.vocab_size:
         raise ConfigError(
-            "Teacher and student have different vocabularies.",
+            "distill.teacher: teacher and student have different vocabularies.",
             got=f"{teacher.vocab_size} and {student.vocab_size} tokens",
             fix="Distil between models of one tokenizer.",
         )
     if hidden and teacher.hidden_size != student.hidden_size:
         raise ConfigError(
-            "Hidden states are compared only between models of equal width.",
+            "distill.hidden_weight: hidden states are compared only between models of equal width.",
             got=f"{teacher.hidden_size} and {student.hidden_size}",
             fix="Set distill.hidden_weight to 0.",
+        )
+    if sequence_length > teacher.max_positions:
+        raise ConfigError(
+            "train.sequence_length: longer than the teacher's positions.",
+            got=sequence_length,
+            expected=f"at most {teacher.max_positions}",
+        )
+    if teacher.num_heads % tp or teacher.num_kv_heads % tp or teacher.ffn_size % tp:
+        raise ConfigError(
+            f"parallel.tp: {tp} does not divide the teacher's heads and MLP.",
+            got=f"{teacher.num_heads} heads, {teacher.num_kv_heads} key/value groups, {teacher.ffn_size} MLP columns",
+            fix="Set parallel.tp lower, or distil from cached targets (distill.cache).",
         )
 
 

@@ -17,16 +17,21 @@ from megatron_inherit.sharing.compress import Method
 from megatron_inherit.sharing.learngene import require_plan
 from megatron_inherit.sharing.stage_plan import StagePlan
 
-RULES = ("front", "middle", "back", "even", "proportional")
+DEEPEST = 1000
+"""Layers of the deepest descendant of a family."""
+RULES = ("front", "middle", "back", "even", "ends", "proportional")
+_SHALLOW = ("even", "ends", "proportional")
+"""Rules that leave stages out where there are fewer layers than stages."""
 
 
 def place(plan: StagePlan, depth: int, rule: str) -> tuple[int, ...]:
     """Chooses the stage of each layer of a descendant.
 
     ``front``, ``middle`` and ``back`` give every stage depth // S layers and the remainder to the first, the central or
-    the last stages (the released code is ``front``); ``even`` spreads it; ``proportional`` follows the auxiliary's own
-    repeats, so that its own depth gives its own layout, and is what no rule means; else a list of stages such as
-    ``0,0,1,2``. Fewer layers than stages leave stages out: only ``even``, ``proportional`` and a list do that.
+    the last stages (the released code is ``front``); ``even`` spreads it; ``ends`` goes from the first stage to the
+    last in equal strides, so that neither is left out; ``proportional`` follows the auxiliary's own repeats, so that
+    its own depth gives its own layout, and is what no rule means; else a list of stages such as ``0,0,1,2``. Fewer
+    layers than stages leave stages out: only ``even``, ``ends``, ``proportional`` and a list do that.
 
     Args:
         plan: The auxiliary's.
@@ -39,10 +44,10 @@ def place(plan: StagePlan, depth: int, rule: str) -> tuple[int, ...]:
     if rule and rule not in RULES:
         return _explicit(plan, depth, rule)
     stages, order = plan.num_stages, plan.stages
-    if depth < stages and rule not in ("even", "proportional"):
+    if depth < stages and rule not in _SHALLOW:
         raise UsageError(
             f"{depth} layers cannot hold the {stages} stages of the learngene.",
-            fix="Say which stages to take: --place even, proportional, or a list such as 0,1,3.",
+            fix=f"Say which stages to take: --place {', '.join(_SHALLOW)}, or a list such as 0,1,3.",
         )
     if rule in ("", "proportional"):
         return tuple(order[layer * plan.num_layers // depth] for layer in range(depth))
@@ -53,6 +58,9 @@ def place(plan: StagePlan, depth: int, rule: str) -> tuple[int, ...]:
         )
     if rule == "even":
         return tuple(layer * stages // depth for layer in range(depth))
+    if rule == "ends":
+        steps = max(1, depth - 1)
+        return tuple((2 * layer * (stages - 1) + steps) // (2 * steps) for layer in range(depth))
     rest = depth % stages
     first = {"front": 0, "middle": (stages - rest) // 2, "back": stages - rest}[rule]
     counts = [depth // stages + (first <= stage < first + rest) for stage in range(stages)]
@@ -72,6 +80,25 @@ def _explicit(plan: StagePlan, depth: int, text: str) -> tuple[int, ...]:
             expected=f"{depth} numbers from 0 to {plan.num_stages - 1}",
         )
     return chosen
+
+
+def parse_depths(text: str) -> tuple[int, ...]:
+    """Reads the depths of a family: numbers and ranges, both ends included, such as ``4,6-10``; ascending, each once.
+
+    Raises:
+        UsageError: The text is none, or names a depth of no layer.
+    """
+    found: set[int] = set()
+    for word in text.split(","):
+        low, dash, high = (part.strip() for part in word.partition("-"))
+        high = high if dash else low
+        if not (low.isdecimal() and high.isdecimal() and 1 <= int(low) <= int(high) <= DEEPEST):
+            raise UsageError(
+                f"--depths {text!r} is not understood.",
+                expected=f"numbers from 1 to {DEEPEST} and ranges of them, for instance 6-16 or 4,6-10,16",
+            )
+        found.update(range(int(low), int(high) + 1))
+    return tuple(sorted(found))
 
 
 def candidates(plan: StagePlan, depth: int) -> dict[tuple[int, ...], str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from megatron_inherit.arch.model_config import ModelConfig
 from megatron_inherit.base.errors import ConfigError
@@ -12,6 +13,8 @@ from megatron_inherit.sharing.stage_plan import COMPONENTS, Component, StagePlan
 from megatron_inherit.sharing.tensors import PREFIX, component_of, enumerate_stored
 
 GRADIENT_BYTES = 4
+UNEVEN = 0.9
+"""Balance below which the printout says what to do."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,13 @@ class Partition:
         for component in COMPONENTS:
             for physical in range(self.plan.num_physical(component)):
                 uses = self.plan.uses(component, physical)
-                ranks = {self._rank_of(layer) for layer in uses}
+                ranks = {self.rank_of(layer) for layer in uses}
                 if len(ranks) > 1:
                     found.append(Tie(component, physical, tuple(sorted(ranks))))
         return tuple(found)
 
-    def _rank_of(self, layer: int) -> int:
+    def rank_of(self, layer: int) -> int:
+        """Gives the pipeline rank of a layer."""
         return next(index for index, (_, stop) in enumerate(self.segments) if layer < stop) % self.pipeline
 
     def bubble(self, micro_batches: int) -> float:
@@ -106,17 +110,38 @@ class Partition:
         return "|".join(words)
 
     def describe(self, config: ModelConfig | None = None) -> str:
-        """Writes the partition as a table, with the traffic of ties where a model is given."""
-        sent = self.tie_bytes(config) if config else None
+        """Writes the partition as a table, with what ties cost; their bytes where a model is given."""
         lines = ["rank  chunk  layers   stages"]
         for index, (start, stop) in enumerate(self.segments):
             stages = ",".join(str(stage) for stage in dict.fromkeys(self.plan.stages[start:stop]))
             span = f"{start}-{stop - 1}"
             lines.append(f"{index % self.pipeline:>4}  {index // self.pipeline:>5}  {span:<8} {stages}")
+        lines.append(f"layout {self.layout()}")
         lines.append(f"balance {self.balance:.0%} (mean {sum(self.loads) / self.pipeline:.3g} / max {max(self.loads)})")
-        if sent is not None:
-            lines.append(f"tied gradients: at most {format_bytes(max(sent))} sent a rank and step")
-        return "\n".join(lines)
+        if self.balance < UNEVEN:
+            lines[-1] += ": ranks wait for the longest; equal stages, or several a rank, come out even"
+        return "\n".join([*lines, *self._describe_ties(config)])
+
+    def _describe_ties(self, config: ModelConfig | None) -> list[str]:
+        if not self.ties:
+            return ["tied gradients: none, each stage lies on one rank (0 B sent a rank and step)"]
+        groups: dict[tuple[int, ...], list[str]] = {}
+        for tie in self.ties:
+            groups.setdefault(tie.ranks, []).append(f"{tie.component} {tie.physical}")
+        lines = [f"tied on ranks {','.join(map(str, r))}: {', '.join(names)}" for r, names in sorted(groups.items())]
+        if config is None:
+            return [*lines, "tied gradients: their bytes need a model"]
+        return [*lines, f"tied gradients: at most {format_bytes(max(self.tie_bytes(config)))} sent a rank and step"]
+
+    def to_json(self, config: ModelConfig | None = None) -> dict[str, Any]:
+        """Gives plain values for JSON: chunks, balance, ties, and with a model the bytes each rank sends a step."""
+        chunks = [
+            {"rank": i % self.pipeline, "chunk": i // self.pipeline, "layers": list(segment)}
+            for i, segment in enumerate(self.segments)
+        ]
+        ties = [{"component": tie.component, "physical": tie.physical, "ranks": list(tie.ranks)} for tie in self.ties]
+        found = {"chunks": chunks, "layout": self.layout(), "balance": self.balance, "ties": ties}
+        return found if config is None else found | {"tie_bytes": list(self.tie_bytes(config))}
 
 
 def aligned_cuts(plan: StagePlan) -> tuple[int, ...]:
@@ -155,7 +180,7 @@ def partition(plan: StagePlan, pipeline: int, chunks: int = 1, *, allow_cross_ra
 
 
 def _too_few(plan: StagePlan, pipeline: int, chunks: int, most: int) -> ConfigError:
-    fix = f"Use at most {most} chunks in all (pipeline x virtual), or a plan with more stages"
+    fix = f"Let pp x vpp be at most {most}, or take a plan with more stages"
     if chunks > 1:
         return ConfigError(
             "A stage would lie in several chunks of an interleaved pipeline, which is not supported.",

@@ -130,11 +130,6 @@ class TiedStages:
         if self.gradient == "mean":
             scale_by_uses(self.partition.plan, self._parameters)
 
-    def sent_bytes(self) -> int:
-        """Counts what a ring all-reduce of this rank's copies sends a step."""
-        sizes = ((len(copy.tie.ranks), gradient_of(copy.parameter)) for copy in self.copies)
-        return sum(2 * (r - 1) * grad.numel() * grad.element_size() // r for r, grad in sizes)
-
     def check(self, step: int) -> None:
         """Compares the bits of all copies; all ranks of the job call it together, and stop together.
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from megatron_inherit.base.errors import ConfigError
 from megatron_inherit.checkpoint.stages import LAYER_PREFIX
 from megatron_inherit.sharing.compress import kept_mask
 from megatron_inherit.sharing.stage_plan import Component, StagePlan
@@ -94,14 +95,28 @@ def penalty_gradient(
 
 
 def keep_zeros(chunks: Sequence[LanguageModel]) -> Edit:
-    """Makes the edit that leaves what is zero now at zero: Adam moves no weight that never had a gradient."""
+    """Makes the edit that leaves what is zero now at zero: Adam moves no weight that never had a gradient.
+
+    Raises:
+        ConfigError: Nothing is zero.
+    """
     masks = [(parameter, kept_mask(parameter)) for chunk in chunks for parameter in matrices(chunk)]
+    require_zeros([mask for _, mask in masks])
 
     def edit(step: int) -> None:
         for parameter, mask in masks:
             _gradient(parameter).mul_(mask)
 
     return edit
+
+
+def require_zeros(masks: Sequence[torch.Tensor]) -> None:
+    """Raises ConfigError where the masks keep every weight, so that there is nothing to keep at zero."""
+    if all(bool(mask.all()) for mask in masks):
+        raise ConfigError(
+            "sharing.keep_zeros: no weight of the blocks is zero.",
+            fix="Start from what --compress 2:4 of 'minherit share' made, or set sharing.keep_zeros=false.",
+        )
 
 
 def matrices(chunk: LanguageModel) -> Iterator[torch.nn.Parameter]:

@@ -16,6 +16,8 @@ from megatron_inherit.base.errors import ConfigError
 
 Component = Literal["attn", "mlp", "norm"]
 COMPONENTS: tuple[Component, ...] = ("attn", "mlp", "norm")
+DRAWN = 32
+"""Layers drawn side by side."""
 
 
 @dataclass(frozen=True)
@@ -130,16 +132,25 @@ class StagePlan:
         return cls(tuple(value["attn"]), tuple(value["mlp"]), tuple(value["norm"]))
 
     def __str__(self) -> str:
-        if not self.uniform:
-            return ";".join(f"{component}=ids:{_join(self.ids(component))}" for component in COMPONENTS)
-        return f"stages:{_join(self.counts)}" if self.contiguous else f"ids:{_join(self.attn)}"
+        if self.uniform:
+            return _text(self.attn)
+        return ";".join(f"{component}={_text(self.ids(component))}" for component in COMPONENTS)
 
-    def draw(self) -> str:
-        """Draws the plan as text: one column a layer, one row a component, equal marks share weights."""
-        width = max(2, len(str(self.num_layers - 1)))
+    def draw(self, **beside: Sequence[int]) -> str:
+        """Draws the plan as text: one column a layer, one row a component, equal numbers share weights.
+
+        Args:
+            beside: Further rows, a value a layer, by name: ``rank=(0, 0, 1, 1)``.
+        """
         rows: list[tuple[str, Sequence[int]]] = [("depth", range(self.num_layers))]
-        rows += [("layer", self.attn)] if self.uniform else [(name, self.ids(name)) for name in COMPONENTS]
-        return "\n".join(f"{head:>6}  " + " ".join(f"{value:>{width}}" for value in values) for head, values in rows)
+        rows += [("stage", self.attn)] if self.uniform else [(name, self.ids(name)) for name in COMPONENTS]
+        rows += beside.items()
+        width = max(2, len(str(self.num_layers - 1)))
+        blocks = []
+        for start in range(0, self.num_layers, DRAWN):
+            block = ((name, values[start : start + DRAWN]) for name, values in rows)
+            blocks.append("\n".join(f"{n:>6}  " + " ".join(f"{value:>{width}}" for value in v) for n, v in block))
+        return "\n\n".join(blocks)
 
 
 def renumber(ids: Sequence[Any]) -> tuple[int, ...]:
@@ -224,9 +235,10 @@ def parse_plan(text: str) -> StagePlan:
         if form not in PRESETS:
             raise ConfigError(f"There is no stage plan of the form {form!r}.", expected=f"one of {', '.join(PRESETS)}")
         return PRESETS[form](rest)
-    words = dict(part.split("=", 1) for part in text.replace(" ", "").split(";"))
-    if not {"attn"} <= set(words) <= set(COMPONENTS):
-        raise ConfigError(f"{text!r} is not a stage plan.", expected="attn=...;mlp=...;norm=...")
+    parts = [part.partition("=") for part in text.replace(" ", "").split(";")]
+    words = {name: form for name, equals, form in parts if equals and form}
+    if len(words) != len(parts) or not {"attn"} <= set(words) <= set(COMPONENTS):
+        raise ConfigError(f"{text!r} is not a stage plan.", expected="attn=...;mlp=...;norm=..., each once")
     plans = {component: parse_plan(words.get(component, words["attn"])) for component in COMPONENTS}
     return StagePlan(*(plans[component].ids("attn") for component in COMPONENTS))
 
@@ -259,6 +271,13 @@ def _check_numbering(component: str, ids: tuple[int, ...]) -> None:
             expected=_join(renumber(ids)),
             fix="Use StagePlan.same, or renumber the ids.",
         )
+
+
+def _text(ids: tuple[int, ...]) -> str:
+    """Writes one component's ids as repeats where they never decrease."""
+    if tuple(sorted(ids)) != ids:
+        return f"ids:{_join(ids)}"
+    return f"stages:{_join([ids.count(physical) for physical in range(ids[-1] + 1)])}"
 
 
 def _join(values: Sequence[int]) -> str:

@@ -19,6 +19,7 @@ from megatron_inherit.sharing.stage_plan import StagePlan, parse_plan, require_c
 
 if TYPE_CHECKING:
     from megatron_inherit.config.schema import RunConfig
+    from megatron_inherit.config.sharing import SharingSection
     from megatron_inherit.data.loader import Loader
     from megatron_inherit.distill.options import Distill
 
@@ -29,15 +30,19 @@ def sharing_of(config: RunConfig, model: ModelConfig, source: Source | None) -> 
     """Finds a run's stages: the recipe's, else those of the learngene or checkpoint it starts from.
 
     Raises:
-        ConfigError: The plan does not cover the model.
+        ConfigError: The plan does not cover the model, or options of shared stages come without any.
     """
     section = config.sharing
     plan = parse_plan(section.plan) if section.plan else None if source is None else plan_of(source)
     if plan is None:
+        _refuse_without_stages(section)
         return None
     require_cover(plan, model)
+    before = plan
     for rule in section.untie:
-        _require_split(parse_plan(rule.plan), plan)
+        finer = parse_plan(rule.plan)
+        _require_split(finer, before)
+        before = finer
     plan = _plan_of_newest(Path(config.run.output) / "checkpoints", config) or plan
     return Sharing(
         plan=plan,
@@ -56,6 +61,15 @@ def soft_tie_of(config: RunConfig) -> SoftTie | None:
         return None
     plan = parse_plan(section.plan)
     return SoftTie(plan=plan, weight=section.weight, kind=section.kind, fade_steps=section.fade_steps)
+
+
+def _refuse_without_stages(section: SharingSection) -> None:
+    for name in ("allow_cross_rank", "untie", "gates", "low_rank"):
+        if getattr(section, name):
+            raise ConfigError(
+                f"sharing.{name}: the model shares no stages.",
+                fix=f"Set sharing.plan, start from a learngene, or leave sharing.{name} out.",
+            )
 
 
 def _require_split(fine: StagePlan, coarse: StagePlan) -> None:
@@ -106,16 +120,28 @@ def teacher_of(config: RunConfig, model: ModelConfig) -> Source | None:
     from megatron_inherit.distill.teacher import check_teacher
 
     teacher = open_source(section.teacher)
-    check_teacher(teacher.config, model, hidden=section.hidden_weight > 0)
+    check_teacher(
+        teacher.config,
+        model,
+        sequence_length=config.train.sequence_length,
+        hidden=section.hidden_weight > 0,
+        tp=1 if section.cache else config.parallel.tp,
+    )
     return teacher
 
 
-def distill_of(config: RunConfig, model: ModelConfig, loader: Loader) -> Distill | None:
+def distill_of(config: RunConfig, model: ModelConfig, loader: Loader, samples: int) -> Distill | None:
     """Prepares a distillation, or gives None where the recipe has none.
+
+    Args:
+        config: The recipe.
+        model: The student.
+        loader: The run's samples.
+        samples: How many of them the run takes.
 
     Raises:
         ConfigError: The teacher does not fit the student.
-        DataError: The cache was made by another teacher, for other data, another order or temperature.
+        DataError: The cache was made by another teacher, for other data, another order or temperature, or is too short.
     """
     section = config.distill
     teacher = teacher_of(config, model)
@@ -130,4 +156,6 @@ def distill_of(config: RunConfig, model: ModelConfig, loader: Loader) -> Distill
     from megatron_inherit.distill.cache import CachedTargets, cache_key
 
     key = cache_key(teacher, loader, temperature=section.temperature)
-    return Distill(mix=mix, cache=CachedTargets(Path(section.cache), key))
+    cache = CachedTargets(Path(section.cache), key)
+    cache.require(samples)
+    return Distill(mix=mix, cache=cache)

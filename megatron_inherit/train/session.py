@@ -143,12 +143,7 @@ def open_session(plan: RunPlan, *, resume: Resume = "auto", profile: bool = Fals
             meter=_meter(plan),
             watchdog=watchdog,
             stop=stop,
-            pace=Pace(
-                guard.straggler_score,
-                every_steps=guard.straggler_every_steps,
-                tensor_ranks=plan.options.tp,
-                recorded=plan.world_size > 1 and passes_wait(plan) and device_name() == "cpu" and not profile,
-            ),
+            pace=_pace(plan, profile),
             spikes=SpikePolicy(guard.spike_window, guard.spike_sigma, guard.spike_patience),
             profile=_profile(plan, rank, profile),
             tasks=tasks,
@@ -235,7 +230,7 @@ def _engine(plan: RunPlan, loader: Loader) -> Iterator[Engine]:
         plan.model,
         source=source,
         seed=plan.config.run.seed,
-        distill=distill_of(plan.config, plan.model, loader),
+        distill=distill_of(plan.config, plan.model, loader, plan.total_samples),
     )
     together = False
     try:
@@ -309,6 +304,17 @@ def _meter(plan: RunPlan) -> Speedometer:
         world_size=plan.world_size,
         device_name=device_name(),
         peak_tflops=section.peak_tflops,
+    )
+
+
+def _pace(plan: RunPlan, profile: bool) -> Pace:
+    guard, waiting = plan.config.guard, plan.world_size > 1 and passes_wait(plan) and device_name() == "cpu"
+    return Pace(
+        guard.straggler_score,
+        every_steps=guard.straggler_every_steps,
+        tensor_ranks=plan.options.tp,
+        waiting=waiting,
+        recorded=waiting and not profile,
     )
 
 

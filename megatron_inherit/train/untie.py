@@ -86,7 +86,7 @@ def split(run: Session, state: RunState, plan: StagePlan) -> None:
     counts = count_shared(run.plan.model, plan)
     run.plan = dataclasses.replace(run.plan, options=options, parameters=counts.unique)
     run.identity = dataclasses.replace(run.identity, stages=plan.to_json())
-    distill = distill_of(run.plan.config, run.plan.model, run.loader)
+    distill = distill_of(run.plan.config, run.plan.model, run.loader, run.plan.total_samples)
     run.engine.rebuild(options, random_reader(run.plan.model, 0), distill)
     resume.restore(step_folder(run.checkpoints, state.step), run.engine, run.identity)
     run.metrics.write({"kind": "untie", "step": state.step, "plan": str(plan), "parameters": counts.unique})

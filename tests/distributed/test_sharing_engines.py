@@ -1,11 +1,13 @@
 """Both engines with shared stages and with teachers, on every layout, against one plain layout."""
 
+import numpy as np
 import pytest
 
+from megatron_inherit.distill.cache import CacheKey, Manifest, write_cache
 from megatron_inherit.inherit.inheritune import plan_fresh
 from megatron_inherit.plan.execute import execute
-from tests.support.engine_world import MODELS, run_world
-from tests.support.sharing_engines import Case, assert_alike, rows, run_cases
+from tests.support.engine_world import GLOBAL_BATCH, MODELS, SEQUENCE, VOCAB, run_world
+from tests.support.sharing_engines import STEPS, Case, assert_alike, rows, run_cases
 
 TAU = {"temperature": 2.0, "alpha": 0.7}
 DEEP = {"distributed_optimizer": True, "overlap_grad_reduce": True}
@@ -16,6 +18,9 @@ def cases_in(folder):
     teacher = str(folder / "teacher")
     taught = {"teacher": teacher, "distill": TAU}
     hidden = {"teacher": teacher, "distill": {"hidden_weight": 0.5}}
+    shallow = str(folder / "shallow")
+    cached = {"cache": str(folder / "top"), "distill": TAU}
+    drawn = {"cache": str(folder / "draw"), "distill": {"temperature": 2.0}}
     return {
         "one rank": Case(plan="4,4", save=str(folder / "state")),
         "pp2": Case(plan="4,4", options={"pp": 2}, save=str(folder / "state-pp2")),
@@ -65,17 +70,45 @@ def cases_in(folder):
         "taught, four stages": Case(plan="2,2,2,2", **taught),
         "taught, pp2 vpp2": Case(plan="2,2,2,2", options={"pp": 2, "vpp": 2}, **taught),
         "hidden, four stages": Case(plan="2,2,2,2", **hidden),
+        "hidden, apart": Case(plan="4,1,3", options={"pp": 2}, teacher=shallow, distill={"hidden_weight": 0.5}),
         "hidden, pp2 vpp2": Case(plan="2,2,2,2", options={"pp": 2, "vpp": 2}, **hidden),
         "hidden": Case(plan="4,4", **hidden),
         "hidden, pp2": Case(plan="4,4", options={"pp": 2, "recompute": "full"}, **hidden),
         "hidden, zero2": Case("deepspeed", plan="4,4", options={"zero_stage": 2}, **hidden),
+        "cached": Case(plan="4,4", **cached),
+        "cached, pp2": Case(plan="4,4", options={"pp": 2} | DEEP, **cached),
+        "cached, tp2 sequence": Case(plan="4,4", options={"tp": 2, "sequence_parallel": True}, **cached),
+        "cached, cp2": Case(plan="4,4", options={"cp": 2}, **cached),
+        "cached, zero3": Case("deepspeed", plan="4,4", options={"zero_stage": 3}, **cached),
+        "cached, four stages": Case(plan="2,2,2,2", **cached),
+        "cached, pp2 vpp2": Case(plan="2,2,2,2", options={"pp": 2, "vpp": 2}, **cached),
+        "drawn": Case(plan="4,4", **drawn),
+        "drawn, tp2": Case(plan="4,4", options={"tp": 2}, **drawn),
     }
+
+
+def write_targets(folder, method):
+    """Makes up a teacher's targets: five tokens of a token, with 0.9 of the probability or as shares of draws."""
+    key = CacheKey("", "", "", TAU["temperature"], SEQUENCE, VOCAB)
+    random = np.random.default_rng(3)
+
+    def predict(samples):
+        shape = (len(samples), SEQUENCE)
+        ids = np.argsort(random.random((*shape, VOCAB)))[..., :5]
+        inside = 0.9 if method == "top" else 1.0
+        return ids, np.log(inside * random.dirichlet(np.ones(5), shape)).astype(np.float32)
+
+    wanted = Manifest(key, method, entries=5, num_samples=STEPS * GLOBAL_BATCH, shard_samples=7)
+    list(write_cache(folder, wanted, lambda start, count: np.arange(start, start + count), predict))
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("engines")
     execute(plan_fresh(MODELS["llama"].with_layers(6), seed=5, std=0.2), folder / "teacher")
+    execute(plan_fresh(MODELS["llama"].with_layers(4), seed=5, std=0.2), folder / "shallow")
+    for method in ("top", "draw"):
+        write_targets(folder / method, method)
     return run_world(4, run_cases, cases_in(folder), timeout_s=580)[0]
 
 
@@ -110,6 +143,12 @@ def outcomes(tmp_path_factory):
         ("taught, cp2", "taught"),
         ("taught, pp2 vpp2", "taught, four stages"),
         ("hidden, pp2 vpp2", "hidden, four stages"),
+        ("cached, pp2", "cached"),
+        ("cached, tp2 sequence", "cached"),
+        ("cached, cp2", "cached"),
+        ("cached, zero3", "cached"),
+        ("cached, pp2 vpp2", "cached, four stages"),
+        ("drawn, tp2", "drawn"),
         ("resumed, pp4", "resumed"),
         ("resumed, zero3", "resumed"),
     ],
@@ -120,8 +159,8 @@ def test_every_layout_trains_alike(outcomes, name, reference):
 
 @pytest.mark.slow
 def test_teachers_change_what_is_learnt(outcomes):
-    losses = [rows(outcomes, name)[-1][0] for name in ("one rank", "taught", "hidden")]
-    assert len({round(loss, 3) for loss in losses}) == 3
+    losses = [rows(outcomes, name)[-1][0] for name in ("one rank", "taught", "hidden", "cached", "drawn")]
+    assert len({round(loss, 3) for loss in losses}) == 5
     norms = [rows(outcomes, name)[0][1] for name in ("taught", "hidden")]
     assert abs(norms[0] - norms[1]) > 1e-3
 
@@ -146,6 +185,7 @@ def test_a_split_starts_at_the_coarse_models_loss(outcomes):
 def test_plans_that_do_not_fit_are_refused(outcomes):
     assert "allow_cross_rank" in outcomes["refused"]
     assert "does not cover" in outcomes["uncovered"]
+    assert "lies on another pipeline rank" in outcomes["hidden, apart"]
 
 
 @pytest.mark.slow

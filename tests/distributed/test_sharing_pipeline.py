@@ -91,14 +91,22 @@ def test_hooks_fire_once_a_parameter_with_overlap(outcomes):
 
 @pytest.mark.slow
 def test_gradient_traffic_of_replicas_falls_by_the_repeats(outcomes):
+    """Bytes handed to the replicas' all-reduces in a step: fp32, of stored parameters, each once."""
     counts = count_shared(tiny(4), contiguous((2, 2)))
-    assert outcomes["one rank, unshared"].gradient_numel == counts.outside + 4 * counts.layer
-    assert outcomes["one rank, 2 stages"].gradient_numel == counts.outside + 2 * counts.layer
-    assert outcomes["one rank, 1 stage"].gradient_numel == counts.outside + counts.layer
+    for name, stored in (("unshared", 4), ("2 stages", 2), ("1 stage", 1)):
+        assert outcomes[f"one rank, {name}"].replica_bytes == 4 * (counts.outside + stored * counts.layer)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["b", "b, four ranks"])
+@pytest.mark.parametrize("name", ["b", "b, distributed optimizer, overlap", "b, bf16", "b, four ranks"])
 def test_tie_traffic_is_the_planned(outcomes, name):
-    split = partition(parse_plan("4"), CASES[name].pp, allow_cross_rank=True)
-    assert outcomes[name].tie_bytes == max(split.tie_bytes(tiny(4)))
+    """A ring all-reduce over r ranks sends 2 (r - 1) / r of what it is handed."""
+    ranks = CASES[name].pp
+    split = partition(parse_plan("4"), ranks, allow_cross_rank=True)
+    assert 2 * (ranks - 1) * outcomes[name].tie_bytes // ranks == max(split.tie_bytes(tiny(4)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["a", "a, uneven", "c"])
+def test_aligned_stages_send_nothing_more(outcomes, name):
+    assert outcomes[name].tie_bytes == 0

@@ -1,5 +1,6 @@
 """SWS from the command line: init, train towards a teacher, split, resume, cache, extract, expand, family."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -41,6 +42,9 @@ def work(tmp_path_factory):
     ids = np.random.default_rng(0).integers(0, 128, (8, 17))
     EvalWindows(ids, 8 * 16).save(folder / "windows.safetensors")
     execute(plan_fresh(tiny(6), seed=2, std=0.3), folder / "teacher")
+    execute(plan_fresh(tiny(6), seed=3, std=0.3), folder / "retrained")
+    for name, change in (("short", {"max_positions": 8}), ("odd", {"num_heads": 3, "num_kv_heads": 3})):
+        execute(plan_fresh(dataclasses.replace(tiny(2), **change), seed=4), folder / name)
     assert main(["share", "init", str(folder / "teacher"), str(folder / "gene"), "--plan", "4,4"]) == 0
     return folder
 
@@ -153,11 +157,25 @@ def test_cached_targets_teach_as_the_teacher_does(work, trained, capsys):
         ("distill.temperature=2.0", "temperature"),
         ("run.seed=9", "data"),
         (f"distill.teacher={work / 'gene'}", "teacher"),
+        (f"distill.teacher={work / 'retrained'}", "teacher"),
     ):
         assert main(["train", recipe(work, "other"), f"distill.cache={work / 'cache'}", change]) == 4
         assert f"belong to another {word}" in capsys.readouterr().err
     assert main(["train", recipe(work, "other"), f"distill.cache={work / 'cache'}", "train.steps=9"]) == 4
-    assert "end at sample" in capsys.readouterr().err
+    assert "end at sample 24" in capsys.readouterr().err
+    assert not (work / "other" / "metrics.jsonl").exists() or not rows(work, "other"), "before the first step"
+
+
+def test_a_cache_is_made_by_one_process_whatever_pipeline_trains_with_it(work, trained, capsys):
+    piped = recipe(work, "piped")
+    words = ["--entries", "2", "--samples", "5", "--shard-samples", "5"]
+    assert main(["share", "cache", piped, str(work / "alone"), *words]) == 0
+    assert main(["share", "cache", piped, str(work / "many"), "parallel.pp=2", "parallel.tp=2", *words]) == 0
+    files = [(work / name / "targets-000000.safetensors").read_bytes() for name in ("alone", "many")]
+    assert files[0] == files[1]
+    capsys.readouterr()
+    assert main(["share", "cache", piped, str(work / "long"), "data.epochs=1", "--samples", "99999"]) == 4
+    assert "samples" in capsys.readouterr().err
 
 
 def test_drawn_targets_teach_as_the_teacher_does_on_average(work, trained):
@@ -229,3 +247,45 @@ def test_what_layers_have_of_their_own_is_kept_and_folded(work, trained, option,
     )
     found = json.loads((work / f"{name}-family" / "family.json").read_text())
     assert found["members"][0]["loss"] == pytest.approx(rows(work, whole, "eval")[-1]["loss"], abs=1e-4)
+
+
+REFUSED = {
+    "sharing.plan=4,3": (3, "does not cover"),
+    "parallel.pp=3": (3, "several pipeline ranks"),
+    "parallel.pp=2 and parallel.vpp=2": (3, "several chunks"),
+    "sharing.untie=[{plan: '5,3', step: 2}]": (3, "not a split"),
+    "sharing.untie=[{plan: '2,2,4', step: 2}, {plan: '4,2,2', step: 4}]": (3, "stages:4,2,2 after stages:2,2,4"),
+    "sharing.untie=[{plan: '2,2,2,2'}]": (3, "exactly one of step and patience"),
+    "sharing.low_rank=2 and parallel.tp=2": (3, "parallel.tp"),
+    "sharing.gates=true and engine=deepspeed and deepspeed.zero_stage=3": (3, "deepspeed.zero_stage"),
+    "engine=deepspeed and deepspeed.zero_stage=2 and parallel.pp=2": (3, "exclude each other"),
+    "distill.alpha_steps=5": (3, "distill.alpha_end"),
+    "distill.alpha_end=0.5": (3, "distill.alpha_steps"),
+    "distill.temperature=0": (3, "distill.temperature"),
+    "distill.cache=nothing and distill.kind=jsd": (3, "forward KL"),
+    "distill.cache=nothing": (4, "minherit share cache"),
+    "distill.teacher={work}/nowhere": (5, "nowhere"),
+    "distill.teacher={work}/short": (3, "longer than the teacher's positions"),
+    "distill.teacher={work}/odd and parallel.tp=2": (3, "does not divide the teacher's heads"),
+    "sharing.keep_zeros=true": (3, "no weight of the blocks is zero"),
+    "sharing.keep_zeros=true and engine=deepspeed and deepspeed.zero_stage=1": (3, "no weight of the blocks is zero"),
+    "model.path={work}/teacher and sharing.gates=true": (3, "sharing.gates: the model shares no stages"),
+    "model.path={work}/teacher and sharing.low_rank=2": (3, "sharing.low_rank: the model shares no stages"),
+    "model.path={work}/teacher and sharing.allow_cross_rank=true": (3, "sharing.allow_cross_rank"),
+    "model.path={work}/teacher and sharing.untie=[{plan: '2,4', step: 2}]": (3, "sharing.untie: the model shares no"),
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_cannot_be_trained_is_refused_before_the_first_step(work, words, capsys, monkeypatch):
+    code, message = REFUSED[words]
+    split = [word.replace("{work}", str(work)) for word in words.split(" and ")]
+    ranks = [int(word.split("=")[1]) for word in split if word.startswith(("parallel.pp", "parallel.tp"))]
+    dry = ["--dry-run"] if ranks else []
+    monkeypatch.setenv("WORLD_SIZE", str(ranks[0] if ranks else 1))
+    capsys.readouterr()
+    assert main(["train", recipe(work, "refused"), *split, *dry]) == code
+    said = capsys.readouterr().err
+    assert message in said
+    assert "Traceback" not in said
+    assert not (work / "refused" / "metrics.jsonl").exists() or not rows(work, "refused")

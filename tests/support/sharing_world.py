@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,13 +31,15 @@ class Case:
 
 @dataclass
 class Outcome:
+    """What a case gave; ``tie_bytes`` and ``replica_bytes`` are gradients handed to all-reduces in its first step."""
+
     losses: list[float]
     norms: list[float]
     drift: float = 0.0
     guard: str = ""
     refused: str = ""
     tie_bytes: int = 0
-    gradient_numel: int = 0
+    replica_bytes: int = 0
     hooks: str = ""
 
 
@@ -74,13 +78,14 @@ class World:
         from megatron_inherit.model.build import DTYPES, Parallel, build_chunks, decoder_config
         from megatron_inherit.model.groups import make_groups
         from megatron_inherit.sharing.aux_model import share_stages
-        from megatron_inherit.sharing.partition import partition
+        from megatron_inherit.sharing.partition import aligned_cuts, partition
         from megatron_inherit.sharing.pipeline import TiedStages
         from megatron_inherit.sharing.stage_plan import parse_plan
 
         self.case, self.plan = case, parse_plan(case.plan)
         self.groups = make_groups(pp=case.pp, vpp=case.vpp)
-        layout = partition(self.plan, case.pp, case.vpp, allow_cross_rank=True)
+        crossing = len(aligned_cuts(self.plan)) + 1 < case.pp * case.vpp
+        layout = partition(self.plan, case.pp, case.vpp, allow_cross_rank=crossing)
         parallel = Parallel(pp=case.pp, vpp=case.vpp)
         model = tiny(self.plan.num_layers)
         self.config = decoder_config(
@@ -168,6 +173,28 @@ class World:
         dist.all_reduce(loss)
         return loss.item() / self.groups.dp.size(), float(norm)
 
+    @contextlib.contextmanager
+    def counted(self, outcome: Outcome) -> Iterator[None]:
+        """Counts the bytes that this rank hands to all-reduces over its replicas and over its tied stages."""
+        import torch.distributed as dist
+
+        plain, ties = dist.all_reduce, {id(copy.group) for copy in self.ties.copies}
+        replicas = getattr(self.ddp[0].bucket_groups[0], "data_parallel_group", None)
+
+        def count(tensor, *arguments, group=None, **more):
+            size = tensor.numel() * tensor.element_size() if tensor.numel() > 1 else 0  # norms go over the same groups
+            if id(group) in ties:
+                outcome.tie_bytes += size
+            elif group is not None and group is replicas:
+                outcome.replica_bytes += size
+            return plain(tensor, *arguments, group=group, **more)
+
+        dist.all_reduce = count
+        try:
+            yield
+        finally:
+            dist.all_reduce = plain
+
     def drift(self) -> float:
         import torch
         import torch.distributed as dist
@@ -196,15 +223,14 @@ def run_case(case: Case) -> Outcome:
     generator = torch.Generator().manual_seed(3)
     for step in range(case.steps):
         rows = torch.randint(0, VOCAB, (SAMPLES, SEQUENCE + 1), generator=generator)
-        loss, norm = world.step(rows)
+        with world.counted(outcome) if step == 0 else contextlib.nullcontext():
+            loss, norm = world.step(rows)
         outcome.losses.append(loss)
         outcome.norms.append(norm)
         if step == 0 and case.overlap:
             check_hook_counts(world.ddp)
             outcome.hooks = "once"
     outcome.drift = world.drift()
-    outcome.tie_bytes = world.ties.sent_bytes()
-    outcome.gradient_numel = sum(buffer.numel_unpadded for chunk in world.ddp for buffer in chunk.buffers)
     try:
         world.ties.check(case.steps)
     except MinheritError as error:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megatron_inherit.engines.deepspeed.shards import partition_bounds
 from megatron_inherit.sharing.compress import kept_mask
-from megatron_inherit.sharing.regularise import matrices, penalty_gradient, stage_groups
+from megatron_inherit.sharing.regularise import matrices, penalty_gradient, require_zeros, stage_groups
 
 if TYPE_CHECKING:
     from megatron_inherit.engines.base import EngineOptions
@@ -42,6 +42,8 @@ class GradientEdits:
         self._groups: list[Any] = [] if self.tie is None else stage_groups([model], self.tie.plan)
         kept = matrices(model) if options.keep_zeros else ()
         self._masks = [(parameter, kept_mask(self._values(parameter))) for parameter in kept]
+        if options.keep_zeros:
+            require_zeros([mask for _, mask in self._masks])
         if not self._cut:
             self._hook()
 

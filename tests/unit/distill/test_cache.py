@@ -5,9 +5,21 @@ import itertools
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from megatron_inherit.arch.presets import preset
 from megatron_inherit.base.errors import DataError
-from megatron_inherit.distill.cache import CachedTargets, CacheKey, Manifest, shard_path, write_cache
+from megatron_inherit.checkpoint.detect import open_source
+from megatron_inherit.distill.cache import (
+    CachedTargets,
+    CacheKey,
+    Manifest,
+    shard_path,
+    teacher_fingerprint,
+    write_cache,
+)
+from megatron_inherit.inherit.inheritune import plan_fresh
+from megatron_inherit.plan.execute import execute
 
 KEY = CacheKey("teacher", "tokenizer", "data", 1.0, sequence_length=4, vocab_size=100)
 WANTED = Manifest(KEY, "top", entries=3, num_samples=10, shard_samples=4)
@@ -65,13 +77,54 @@ def test_a_folder_of_another_cache_is_not_continued(tmp_path):
 
 
 @pytest.mark.parametrize("harm", ["changed", "missing"])
-def test_a_damaged_shard_is_refused_when_it_is_read(tmp_path, harm):
+def test_a_damaged_shard_is_refused_and_made_anew(tmp_path, harm):
     write(tmp_path)
     path = shard_path(tmp_path, 1)
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data) if harm == "changed" else path.unlink()
-    targets = CachedTargets(tmp_path, KEY)
-    targets.read(np.array([0, 3]))
-    with pytest.raises(DataError, match="missing or damaged"):
-        targets.read(np.array([4]))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1])) if harm == "changed" else path.unlink()
+    with pytest.raises(DataError, match=r"missing or damaged.*same 'minherit share cache' again"):
+        CachedTargets(tmp_path, KEY).read(np.array([0, 4]))
+    if harm == "missing":
+        with pytest.raises(DataError, match="missing or damaged"):
+            CachedTargets(tmp_path, KEY)
+    assert write(tmp_path) == [8]
+    assert path.read_bytes() == whole
+    assert CachedTargets(tmp_path, KEY).read(np.array([4]))[0].shape == (1, 4, 3)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 2}', '{"version": 2, "key": {"teacher": 1}}'])
+def test_a_manifest_of_something_else_is_refused(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(DataError, match=r"manifest.json is (damaged|of another version).*again"):
+        CachedTargets(tmp_path, KEY)
+
+
+def test_a_run_longer_than_its_cache_is_refused_before_it_starts(tmp_path):
+    write(tmp_path)
+    CachedTargets(tmp_path, KEY).require(10)
+    with pytest.raises(DataError, match=r"end at sample 10.*11 samples"):
+        CachedTargets(tmp_path, KEY).require(11)
+
+
+def written(folder, seed, change=None):
+    """Writes a teacher and gives its fingerprint; ``change`` names one tensor of which one half differs."""
+    execute(plan_fresh(preset("llama-tiny").with_layers(2), seed=seed), folder)
+    tensors = load_file(folder / "model.safetensors")
+    if change is not None:
+        tensors[change][len(tensors[change]) // 2 :] += 1
+    save_file(tensors, folder / "model.safetensors")
+    with open_source(folder) as source:
+        return teacher_fingerprint(source), dict(source.identity)
+
+
+def test_teachers_of_one_shape_are_told_apart_by_their_values(tmp_path):
+    first, identity = written(tmp_path / "first", 1)
+    assert written(tmp_path / "again", 1)[0] == first
+    other, same_identity = written(tmp_path / "other", 2)
+    assert same_identity == identity, "headers and configuration alone would not tell them apart"
+    assert other != first
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.down_proj.weight", "lm_head.weight"])
+def test_one_changed_tensor_is_another_teacher(tmp_path, name):
+    assert written(tmp_path / "changed", 1, name)[0] != written(tmp_path / "first", 1)[0]

@@ -7,8 +7,10 @@ import torch
 
 from megatron_inherit.base.errors import ConfigError
 from megatron_inherit.distill.cache import draw_targets, ghost_of, top_targets
-from megatron_inherit.distill.losses import Mix, hidden_distance, stage_ends
+from megatron_inherit.distill.losses import Mix, hidden_distance, hidden_pairs, require_pairs_on_one_rank, stage_ends
 from megatron_inherit.kernels.dispatch import linear_kl, linear_topk_kl
+from megatron_inherit.sharing.partition import Partition, partition
+from megatron_inherit.sharing.stage_plan import contiguous, cycle, unshared
 
 VOCAB = 37
 HEAD = torch.eye(VOCAB, dtype=torch.float64)
@@ -91,6 +93,23 @@ def test_impossible_mixes_are_refused(values):
 def test_stage_ends_follow_the_depth():
     assert stage_ends((3, 3, 4, 3, 3), 32) == (6, 12, 20, 26, 32)
     assert stage_ends((2, 2), 1) == (1, 1)
+
+
+def test_hidden_states_are_compared_on_one_rank_or_not_at_all():
+    """A shallow teacher's layer 2 of 4 is the counterpart of two ends, one of them on the next rank."""
+    assert hidden_pairs(contiguous((4, 1, 3)), 4) == ((4, 2), (5, 2), (8, 4))
+    assert hidden_pairs(cycle(2, 2), 8) == ((1, 2), (2, 4), (3, 6), (4, 8))
+    for plan, depth, ranks in (((4, 1, 3), 4, 1), ((4, 4), 4, 2), ((4, 1, 3), 32, 2), ((3, 3, 4, 3, 3), 32, 5)):
+        split = partition(contiguous(plan), ranks)
+        require_pairs_on_one_rank(split, cut(split, depth))
+    split = partition(contiguous((4, 1, 3)), 2)
+    with pytest.raises(ConfigError, match=r"hidden_weight.*layer 5 .*layer 2.*ranks 1 and 0.*parallel.pp lower"):
+        require_pairs_on_one_rank(split, cut(split, 4))
+
+
+def cut(split, depth):
+    bounds = tuple(round(depth * bound / split.plan.num_layers) for bound in split.bounds)
+    return Partition(unshared(depth), split.pipeline, split.chunks, bounds)
 
 
 def test_a_uniform_student_is_ln_v_from_a_certain_teacher():

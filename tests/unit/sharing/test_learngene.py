@@ -285,6 +285,10 @@ def test_damaged_packing_is_refused(tmp_path, learngene, change):
         ("", 16, (3, 3, 4, 3, 3)),
         ("proportional", 4, (1, 1, 1, 1, 0)),
         ("even", 3, (1, 1, 0, 1, 0)),
+        ("ends", 3, (1, 0, 1, 0, 1)),
+        ("ends", 4, (1, 1, 0, 1, 1)),
+        ("ends", 1, (1, 0, 0, 0, 0)),
+        ("ends", 12, (2, 3, 2, 3, 2)),
         ("0,0,1,4", 4, (2, 1, 0, 0, 1)),
     ],
 )
@@ -307,6 +311,7 @@ def test_auto_tries_each_different_placement_once():
     found = candidates(contiguous((2, 2, 2, 2)), 6)
     assert set(found) == {(0, 0, 1, 1, 2, 3), (0, 1, 1, 2, 2, 3), (0, 1, 2, 2, 3, 3), (0, 0, 1, 2, 2, 3)}
     assert len(candidates(contiguous((2, 2, 2, 2)), 8)) == 1
+    assert candidates(contiguous((2, 2, 2, 2)), 3) == {(0, 1, 2): "even", (0, 2, 3): "ends"}
 
 
 @pytest.mark.parametrize(

@@ -57,8 +57,15 @@ def test_text_and_json_give_the_plan_back(ids):
 
 
 def test_drawing_has_a_column_a_layer():
-    assert contiguous((2, 1)).draw().splitlines() == [" depth   0  1  2", " layer   0  0  1"]
+    assert contiguous((2, 1)).draw().splitlines() == [" depth   0  1  2", " stage   0  0  1"]
     assert len(parse_plan("attn=2;mlp=1,1").draw().splitlines()) == 4
+    assert contiguous((2, 1)).draw(rank=(0, 0, 1)).endswith("\n  rank   0  0  1")
+
+
+def test_a_deep_drawing_is_broken_into_blocks():
+    blocks = contiguous((40, 30)).draw().split("\n\n")
+    assert [block.splitlines()[0].split()[1] for block in blocks] == ["0", "32", "64"]
+    assert blocks[2].splitlines() == [" depth  64 65 66 67 68 69", " stage   1  1  1  1  1  1"]
 
 
 def test_refinement_is_a_split_of_stages():
