@@ -5,12 +5,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
-import glob
-import hashlib
 import json
 import os
-import platform
 import shutil
 import signal
 import threading
@@ -20,11 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_inherit.base.errors import DiskError, UsageError
-from megatron_inherit.base.log import get_logger
 from megatron_inherit.base.quantities import format_bytes
-
-TEMPORARY_MARK = ".tmp-"
-_log = get_logger(__name__)
+from megatron_inherit.base.temporary import TEMPORARY_MARK, locked, sweep, temporary_beside
 
 
 def fsync_path(path: Path) -> None:
@@ -74,46 +67,29 @@ def write_json(path: Path, value: Any) -> None:
 def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yields a temporary sibling folder that becomes ``path`` when the block ends without an exception.
 
-    What a killed process of this machine left of the same ``path`` is removed first. A link is followed. SIGTERM inside
-    the block removes the temporary folder and ends the process with 143.
+    What killed processes left of the same ``path`` is removed first. A link is followed. SIGTERM inside the block
+    removes the temporary folder and ends the process with 143.
 
     Raises:
-        UsageError: ``path`` is in the way, see :func:`refuse_existing`.
+        UsageError: ``path`` is in the way, see :func:`refuse_existing`, or another process is writing it.
         DiskError: The folder cannot be written.
     """
     path = Path(path).resolve() if Path(path).is_symlink() else Path(path).absolute()
+    sweep(path)
     refuse_existing(path, overwrite=overwrite)
-    _remove_leftovers(path)
-    temporary = path.with_name(f"{path.name}{TEMPORARY_MARK}{os.getpid()}-{_machine()}-{uuid.uuid4().hex[:8]}")
+    temporary = temporary_beside(path)
     try:
         temporary.mkdir(parents=True)
-        with _locked(temporary), _sigterm_unwinds():
+        with locked(temporary), _sigterm_unwinds():
             yield temporary
             fsync_tree(temporary)
+            refuse_existing(path, overwrite=overwrite)  # what came there meanwhile is not ours to replace
             put_in_place(temporary, path)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError):
             raise disk_error(error, path) from error
         raise
-
-
-def _remove_leftovers(path: Path) -> None:
-    """Removes the temporary folders of ``path`` whose process on this machine holds no lock and is gone."""
-    for found in path.parent.glob(f"{glob.escape(path.name)}{TEMPORARY_MARK}*-{_machine()}-*"):
-        owner = found.name.rpartition(TEMPORARY_MARK)[2].partition("-")[0]
-        with _locked(found) as free:
-            if free and not _is_alive(owner):
-                _log.warning("%s was left by a process that was killed; it is removed.", found)
-                shutil.rmtree(found, ignore_errors=True)
-
-
-def _is_alive(process: str) -> bool:
-    """Tells whether a process of this machine runs; one that is dead and not yet waited for does not."""
-    try:
-        return Path("/proc", process, "stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 @contextlib.contextmanager
@@ -133,29 +109,6 @@ def _sigterm_unwinds() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
-    """Locks a folder as long as the block or the process lives; yields whether it could."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        yield False
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        free = True
-    except OSError:
-        free = False
-    try:
-        yield free
-    finally:
-        os.close(descriptor)
-
-
-def _machine() -> str:
-    return hashlib.blake2b(platform.node().encode(), digest_size=3).hexdigest()
-
-
 def put_in_place(temporary: Path, path: Path) -> None:
     """Renames a finished folder to its final name; an older folder of that name is removed afterwards."""
     if path.exists() and _exchange(temporary, path):
@@ -164,7 +117,7 @@ def put_in_place(temporary: Path, path: Path) -> None:
         return
     retired = None
     if path.exists():
-        retired = path.with_name(f"{path.name}{TEMPORARY_MARK}old-{uuid.uuid4().hex[:8]}")
+        retired = temporary_beside(path, aside=True)
         os.rename(path, retired)
     os.rename(temporary, path)
     fsync_path(path.parent)

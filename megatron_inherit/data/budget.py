@@ -17,8 +17,8 @@ from megatron_inherit.base.atomic import require_space
 from megatron_inherit.base.errors import DataError
 from megatron_inherit.base.log import get_logger
 from megatron_inherit.data.corpus import Corpus, open_corpus
+from megatron_inherit.data.job_folder import whole_folder
 from megatron_inherit.data.jobs import Progress, Report
-from megatron_inherit.data.leftovers import swept_folder
 from megatron_inherit.data.manifests import (
     MANIFEST,
     DomainRecord,
@@ -69,7 +69,7 @@ def make_subset(
     weights = parse_weights(options.weights, available)
     budgets = None if options.tokens is None else divide(options.tokens, weights)
     unique = _unique_budgets(budgets, weights, options)
-    with swept_folder(out, "subset", overwrite=overwrite) as folder:
+    with whole_folder(out, "subset", overwrite=overwrite) as folder:
         drawing = _Drawing(corpus, folder, options, unique, on_progress or (lambda progress: None))
         drawing.run()
         splits = {role: drawing.write_split(role, weights, budgets if role == "train" else None) for role in ROLES}

@@ -9,15 +9,14 @@ from __future__ import annotations
 import contextlib
 import os
 import struct
-import uuid
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from megatron_inherit.base.atomic import TEMPORARY_MARK, disk_error, fsync_path
+from megatron_inherit.base.atomic import disk_error, fsync_path
 from megatron_inherit.base.errors import DataError
-from megatron_inherit.data.leftovers import lock
+from megatron_inherit.base.temporary import lock, temporary_beside
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -179,9 +178,8 @@ class IndexedWriter:
     def __init__(self, prefix: str | Path, dtype: np.dtype) -> None:
         self.prefix, self.dtype = strip_suffix(prefix), np.dtype(dtype)
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
-        mark = f"{TEMPORARY_MARK}{uuid.uuid4().hex[:8]}"
         self._finished = [bin_path(self.prefix), idx_path(self.prefix)]
-        self._temporary = [path.with_name(path.name + mark) for path in self._finished]
+        self._temporary = [temporary_beside(path) for path in self._finished]
         self._file, self._index = (path.open("wb", buffering=1 << 20) for path in self._temporary)
         for file in (self._file, self._index):
             lock(file)

@@ -1,4 +1,4 @@
-"""The folder of a job that can be killed: one plan, one writer at a time, and no leftovers of the one before."""
+"""Folders of jobs that can be killed: one writer at a time, and no leftovers of the one before."""
 
 from __future__ import annotations
 
@@ -7,12 +7,31 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_inherit.base.atomic import TEMPORARY_MARK
+from megatron_inherit.base.atomic import new_folder
 from megatron_inherit.base.errors import DataError, UsageError
-from megatron_inherit.data.leftovers import LOCK, lock, refuse_second_writer
-from megatron_inherit.data.manifests import ManifestModel
+from megatron_inherit.base.temporary import TEMPORARY_MARK, lock, refuse_second_writer
+from megatron_inherit.data.manifests import ManifestModel, kind_of
 
-_PLAN = "plan.json"
+_PLAN, _LOCK = "plan.json", ".lock"
+
+
+def whole_folder(out: Path, kind: str, *, overwrite: bool = False) -> contextlib.AbstractContextManager[Path]:
+    """As :func:`megatron_inherit.base.atomic.new_folder`, for folders with a manifest of one kind.
+
+    Args:
+        out: The folder.
+        kind: Of its manifest; only a folder of this kind is overwritten.
+        overwrite: Replaces it.
+
+    Raises:
+        UsageError: Another job is writing to ``out``, it exists, or holds another thing.
+        DiskError: The folder cannot be written.
+    """
+    if overwrite and out.exists() and (out.is_file() or any(out.iterdir())) and kind_of(out) != kind:
+        raise UsageError(
+            f"{out} holds something else than a {kind}.", fix="Choose another output, or remove it yourself."
+        )
+    return new_folder(out, overwrite=overwrite)
 
 
 @contextlib.contextmanager
@@ -26,7 +45,7 @@ def job_folder(out: Path, plan: ManifestModel) -> Iterator[None]:
     if out.is_file() or (not (out / _PLAN).is_file() and any(_is_foreign(path) for path in out.glob("*"))):
         raise UsageError(f"{out} exists already and holds other things.", fix="Choose another output folder.")
     out.mkdir(parents=True, exist_ok=True)
-    with (out / LOCK).open("a") as file:
+    with (out / _LOCK).open("a") as file:
         if not lock(file):
             raise refuse_second_writer(out)
         for path in out.rglob(f"*{TEMPORARY_MARK}*"):
@@ -36,7 +55,7 @@ def job_folder(out: Path, plan: ManifestModel) -> Iterator[None]:
 
 
 def _is_foreign(path: Path) -> bool:
-    return path.name != LOCK and TEMPORARY_MARK not in path.name
+    return path.name != _LOCK and TEMPORARY_MARK not in path.name
 
 
 def _agree(path: Path, plan: ManifestModel) -> None:

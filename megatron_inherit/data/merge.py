@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_inherit.base.atomic import require_space
+from megatron_inherit.base.temporary import sweep
 from megatron_inherit.data.indexed import IndexedFile, IndexedWriter, bin_path, idx_path
-from megatron_inherit.data.leftovers import sweep
 from megatron_inherit.data.manifests import MANIFEST, TokensManifest
 
 

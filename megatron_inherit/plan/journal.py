@@ -13,7 +13,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_inherit.base.atomic import TEMPORARY_MARK, disk_error, fsync_tree, put_in_place
+from megatron_inherit.base.atomic import disk_error, fsync_tree, put_in_place
+from megatron_inherit.base.temporary import TEMPORARY_MARK, locked, refuse_second_writer
 from megatron_inherit.checkpoint.manifest import TensorHash
 
 NAME = "journal.jsonl"
@@ -50,18 +51,27 @@ class Journal:
 
 @contextlib.contextmanager
 def resumable_folder(path: Path) -> Iterator[Path]:
-    """Yields a folder beside ``path`` that becomes ``path`` when the block ends well; what it holds stays otherwise."""
+    """Yields a folder beside ``path`` that becomes ``path`` when the block ends well; what it holds stays otherwise.
+
+    Raises:
+        UsageError: Another process is writing it.
+        DiskError: The folder cannot be written.
+    """
     folder = path.with_name(f"{path.name}{TEMPORARY_MARK}resume")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        yield folder
-        fsync_tree(folder)
-        put_in_place(folder, path)
+        with locked(folder) as free:
+            if not free:
+                raise refuse_second_writer(path)
+            try:
+                yield folder
+                fsync_tree(folder)
+                put_in_place(folder, path)
+            finally:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
     except OSError as error:
         raise disk_error(error, path) from error
-    finally:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
 
 
 def clear(folder: Path) -> None:

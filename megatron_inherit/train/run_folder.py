@@ -17,6 +17,8 @@ from typing import Any
 from megatron_inherit.base.atomic import disk_error, write_json
 from megatron_inherit.base.errors import UsageError
 from megatron_inherit.base.log import get_logger
+from megatron_inherit.base.processes import process_start
+from megatron_inherit.base.temporary import clock_of
 
 logger = get_logger(__name__)
 
@@ -129,34 +131,12 @@ class RunLock:
         if holder.get("host") == self._mine["host"]:
             started = process_start(int(holder.get("pid", 0)))
             return started is not None and started == holder.get("started")
-        probe = self.path.with_name(f".clock-{uuid.uuid4().hex[:8]}")
-        probe.touch()
-        now = probe.stat().st_mtime
-        probe.unlink()
-        return now - self.path.stat().st_mtime < FOREIGN_LOCK_SECONDS
+        return clock_of(self.path.parent) - self.path.stat().st_mtime < FOREIGN_LOCK_SECONDS
 
 
 def _show_life(lock: RunLock, done: threading.Event) -> None:
     while not done.wait(TOUCH_SECONDS):
         lock.touch()
-
-
-def process_start(pid: int) -> str | None:
-    """Gives what tells a process from a later one of the same number; None if there is none, or only its remains."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return None if fields[0] in "ZX" else fields[19]
-    except (OSError, IndexError):
-        pass
-    if Path("/proc/self").exists():
-        return None
-    try:
-        os.kill(pid, 0)
-    except PermissionError:
-        return "unknown"
-    except OSError:
-        return None
-    return "unknown"
 
 
 def write_exit_status(folder: Path, *, code: int, reason: str) -> None:

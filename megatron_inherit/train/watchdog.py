@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_inherit.base.log import get_logger
-from megatron_inherit.train.run_folder import process_start
+from megatron_inherit.base.processes import process_start
 
 logger = get_logger(__name__)
 

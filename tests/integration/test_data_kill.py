@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import itertools
 import logging
 import os
@@ -19,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from megatron_inherit.base.errors import UsageError
+from megatron_inherit.base.temporary import locked, temporary_beside
 from megatron_inherit.data.budget import make_subset
 from megatron_inherit.data.indexed import IndexedFile
 from megatron_inherit.data.ingest import IngestOptions, ingest
@@ -172,17 +172,16 @@ def test_what_a_killed_run_left_is_said_and_a_living_one_is_spared(
     ingest([str(source)], tmp_path / "text", OPTIONS)
     tokenize(tmp_path / "text", tmp_path / "tokens", TokenizeOptions(tokenizer="bytes"))
     out, draw = tmp_path / "subset", partial(make_subset, [str(tmp_path / "tokens")])
-    left = tmp_path / "subset.tmp-4711-abcd"
+    left = temporary_beside(out)
     left.mkdir()
     (left / "spans-0-0").write_bytes(b"x" * 100)
-    with (left / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UsageError, match="Another job is writing"):
-            draw(out, SUBSET)
+    with locked(left), pytest.raises(UsageError, match="Another job is writing"):
+        draw(out, SUBSET)
     assert left.is_dir()
     draw(out, SUBSET)
     assert not left.exists()
-    assert f"{left} is left by a job that was killed; it is removed" in caplog.text
+    assert f"{left} was left by a process that was killed; it is removed" in caplog.text
+    assert not list(out.glob(".*")), "the lock is the folder's own"
 
 
 @pytest.mark.slow

@@ -257,10 +257,14 @@ def test_kill_without_resume_keeps_the_old_student(teacher, tmp_path):
     (left,) = tmp_path.glob("s.tmp-*")
     with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "s", overwrite=True) as living:
         assert not left.exists()
-        assert cli(*words).returncode == 0
+        refused = cli(*words)
+        assert refused.returncode == 2
+        assert "Another job is writing to" in refused.stderr
         assert living.is_dir()
         raise KeyboardInterrupt
+    assert cli(*words).returncode == 0
     assert (tmp_path / "s" / "model.safetensors").read_bytes() != before
+    assert [path.name for path in tmp_path.iterdir()] == ["s"]
 
 
 @pytest.mark.slow

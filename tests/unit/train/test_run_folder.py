@@ -1,9 +1,9 @@
 import os
 import time
 
+from megatron_inherit.base.processes import process_start
 from megatron_inherit.train import run_folder
 from megatron_inherit.train.profiling import Profiler
-from megatron_inherit.train.run_folder import process_start
 
 
 def test_a_killed_process_that_nobody_has_waited_for_holds_no_lock():
