@@ -289,7 +289,7 @@ class GuardSection(Section):
         watchdog_seconds: Without progress for so long the silent rank is named and the run ends.
         weight_hash_every_steps: Steps between comparisons of the replicas' weights.
         straggler_every_steps: Steps between looks at the ranks' speed.
-        straggler_score: A rank that leaves less than this share of the step for work is reported.
+        straggler_score: A rank is reported if a step would take less than this share, were it as fast as the fastest.
         spike_window: Losses from which a spike is told.
         spike_sigma: Standard deviations above their mean that make a loss a spike.
         spike_patience: Spikes or non-finite gradients in a row that roll the run back to its last checkpoint.

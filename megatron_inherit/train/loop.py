@@ -65,13 +65,15 @@ def train(run: Session) -> RunState:
             with run.pace.watching(state.step + 1):
                 result = run.engine.train_step(samples.micro_batches, lr=lr)
                 clock.done()
+            clock.alone()
             state, verdict = account(run, state, samples, result, clock)
             log_step(run, state, samples, result, lr, clock, progress)
+            clock.logged()
             if verdict == "rollback":
                 state = upkeep.roll_back(run, state)
                 continue
             profiler.step()
-            run.pace.add(own=clock.own, forward=result.forward_seconds, whole=clock.whole)
+            run.pace.add(own=clock.own, forward=result.forward_seconds, whole=clock.whole + clock.after)
             upkeep.compare_ranks(run, state)
             if upkeep.is_due(state.step, run.plan.config.eval.every_steps, run.plan.total_steps):
                 upkeep.evaluate_now(run, state)
@@ -99,7 +101,7 @@ class Clock:
 
     def __init__(self, before: float) -> None:
         self._zero = time.perf_counter() - before
-        self._began = self._ready = self._done = 0.0
+        self._began = self._ready = self._done = self._alone = self._logged = 0.0
 
     def start(self) -> None:
         """A step begins."""
@@ -113,15 +115,28 @@ class Clock:
         """The optimizer has stepped."""
         self._done = time.perf_counter()
 
+    def alone(self) -> None:
+        """What was recorded of the step is read; this rank goes on by itself."""
+        self._alone = time.perf_counter()
+
+    def logged(self) -> None:
+        """Its row is written."""
+        self._logged = time.perf_counter()
+
     @property
     def own(self) -> float:
-        """Seconds before the step's common work."""
-        return self._ready - self._began
+        """Seconds before and after the step's common work."""
+        return self._ready - self._began + self.after
 
     @property
     def whole(self) -> float:
-        """Seconds of the step."""
+        """Seconds of the step, until the optimizer has stepped."""
         return self._done - self._began
+
+    @property
+    def after(self) -> float:
+        """Seconds that this rank spent on the step's row."""
+        return self._logged - self._alone
 
     def total(self) -> float:
         """Seconds since the run began, all sessions together."""

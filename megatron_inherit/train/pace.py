@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
+import math
 import socket
 import statistics
 import time
@@ -16,8 +18,14 @@ from megatron_inherit.train.profiling import quiet_profiler
 if TYPE_CHECKING:
     from megatron_inherit.engines.base import Engine
 
-RECORDED_STEPS, RECORDED_LOOKS = 3, 10
-"""Steps before a look whose collectives are recorded, and looks of which one is prepared so."""
+FEWEST_STEPS = 3
+"""A look at fewer steps, just after a start, would take a warm-up for slowness."""
+RECORDED_STEPS = 3
+"""Steps before a look whose collectives are recorded."""
+LOOKS_PER_RECORD = 10
+"""Recording costs time, so that only one look in so many has it."""
+MOST_TOLD = 8
+"""Of a whole slow cluster only the slowest are named."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +34,8 @@ class Straggler:
 
     Attributes:
         score: Share of a step that would be left if this rank were as fast as the fastest.
-        own_seconds: What it spends by itself before a step, on data for instance; the median of some steps.
-        forward_seconds: What its passes through the model take a step; the least of some steps.
+        own_seconds: What it spends by itself around a step, on data or logging for instance; the median of some steps.
+        forward_seconds: What its passes through the model take a step, the least of some; 0 where they wait for others.
         busy_seconds: What a step takes it without waiting for others, the least of some; 0 where it is not measured.
         probe_seconds: What a fixed product of matrices takes on its device; 0 where it is not measured.
     """
@@ -40,30 +48,48 @@ class Straggler:
     busy_seconds: float
     probe_seconds: float
 
+    def __str__(self) -> str:
+        inside = self.busy_seconds or self.forward_seconds
+        words = f"{self.own_seconds:.3f} s around a step" + (f", {inside:.3f} s in it" if inside else "")
+        words += f", {1e3 * self.probe_seconds:.3f} ms for a product of matrices" if self.probe_seconds else ""
+        return f"Rank {self.rank} on {self.host} is slow (score {self.score:.2f}): {words}."
+
 
 class Pace:
     """Keeps where this rank's time goes between two looks at all ranks.
 
     Ranks wait for each other inside a step, so that all take equally long for it. What tells them apart is the time
-    each spends on its own before the step (data, Python, a stolen core); the time of its passes through the model,
-    among the ranks of the same pipeline stage; and on a GPU the time of a fixed product of matrices, which shows a
-    throttled device. Of the first the median counts, of the second the least, so that no step that something else on
+    each spends on its own around the step (data, logging, Python, a stolen core); the time of its passes through the
+    model, among the ranks of the same pipeline stage; and on a GPU the time of a fixed product of matrices, which shows
+    a throttled device. Of the first the median counts, of the second the least, so that no step that something else on
     the machine held up makes a slow rank.
 
     A GPU's collectives do not hold up the host that starts them. Those of gloo do: where a pass waits for others
-    (tensor and context parallelism, gathered weights), all take as long as the slowest of them. There, torch's record
-    of what gloo did in a few steps tells a rank's own time from its waiting.
+    (tensor and context parallelism, gathered weights), the rank that is late has the shortest passes. There, torch's
+    record of what gloo did in a few steps tells a rank's own time from its waiting.
 
     Args:
         score: Below which a rank is slow.
         every_steps: Steps between two looks.
         tensor_ranks: Tensor parallel size; the ranks of a pipeline stage have equal work.
-        recorded: Passes wait for others, on a CPU, and nothing else records them.
+        waiting: Passes wait for others on the host, so that their length tells nothing.
+        recorded: What gloo does is recorded now and then; not while something else records this process.
     """
 
-    def __init__(self, score: float, *, every_steps: int = 1, tensor_ranks: int = 1, recorded: bool = False) -> None:
-        self.score, self.every_steps, self.tensor_ranks, self.recorded = score, every_steps, tensor_ranks, recorded
-        self._steps: list[tuple[float, float, float]] = []
+    def __init__(
+        self,
+        score: float,
+        *,
+        every_steps: int = 1,
+        tensor_ranks: int = 1,
+        waiting: bool = False,
+        recorded: bool = False,
+    ) -> None:
+        self.score, self.every_steps, self.tensor_ranks = score, every_steps, tensor_ranks
+        self.waiting, self.recorded = waiting, recorded
+        self._steps: collections.deque[tuple[float, float, float]] = collections.deque(
+            maxlen=max(every_steps, FEWEST_STEPS)
+        )
         self._busy: list[float] = []
         self._looks = 0
 
@@ -71,7 +97,7 @@ class Pace:
     def watching(self, step: int) -> Iterator[None]:
         """Holds the common work of a step; all ranks record the same few steps before a look."""
         soon = -step % self.every_steps < RECORDED_STEPS
-        if not (self.recorded and soon and self._looks % RECORDED_LOOKS == 0):
+        if not (self.recorded and soon and self._looks % LOOKS_PER_RECORD == 0):
             yield
             return
         profiler = quiet_profiler()
@@ -86,22 +112,27 @@ class Pace:
         """Counts a step.
 
         Args:
-            own: Seconds before ``train_step`` began.
+            own: Seconds before and after ``train_step``.
             forward: Seconds of its passes through the model.
             whole: Seconds of the whole step, both included.
         """
         self._steps.append((own, forward, whole))
 
     def stragglers(self, engine: Engine) -> list[Straggler]:
-        """Compares all ranks over the steps since the last look; all ranks call this together."""
-        own, forward, whole = zip(*self._steps or [(0.0, 0.0, 0.0)], strict=True)
+        """Compares all ranks over the last steps; all ranks call this together.
+
+        Returns:
+            The slow ones, the slowest first, ``MOST_TOLD`` at most; none after fewer than ``FEWEST_STEPS`` steps.
+        """
         busy = min(self._busy, default=0.0)
-        self._steps.clear()
         self._busy.clear()
+        if len(self._steps) < FEWEST_STEPS:
+            return []
         self._looks += 1
+        own, forward, whole = zip(*self._steps, strict=True)
         mine = {
             "own": statistics.median(own),
-            "forward": min(forward),
+            "forward": 0.0 if self.waiting else min(forward),
             "busy": busy,
             "whole": statistics.median(whole),
             "probe": _probe(),
@@ -109,12 +140,12 @@ class Pace:
             "stage": engine.topology.model_rank // self.tensor_ranks,
         }
         ranks = [json.loads(text) for text in engine.gather_text(json.dumps(mine))]
-        found = []
-        for rank, r in enumerate(ranks):
-            score = _score(r, ranks)
-            if score < self.score:
-                found.append(Straggler(rank, r["host"], score, r["own"], r["forward"], r["busy"], r["probe"]))
-        return found
+        found = [
+            Straggler(rank, r["host"], score, r["own"], r["forward"], r["busy"], r["probe"])
+            for rank, (r, score) in enumerate(zip(ranks, _scores(ranks), strict=True))
+            if score < self.score
+        ]
+        return sorted(found, key=lambda slow: slow.score)[:MOST_TOLD]
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:
@@ -126,13 +157,20 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
     return total
 
 
-def _score(rank: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]) -> float:
-    """Gives the share of a step that would be left if a rank were as fast as the fastest."""
-    behind = rank["own"] - min(other["own"] for other in ranks)
-    work = "busy" if all(other["busy"] for other in ranks) else "forward"
-    behind += rank[work] - min(other[work] for other in ranks if other["stage"] == rank["stage"])
-    device = min(other["probe"] for other in ranks) / rank["probe"] if rank["probe"] else 1.0
-    return min(1 - behind / max(rank["whole"], 1e-9), device)
+def _scores(ranks: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Gives, for each rank, the share of a step that would be left if it were as fast as the fastest."""
+    work = "busy" if all(rank["busy"] for rank in ranks) else "forward"
+    own = min(rank["own"] for rank in ranks)
+    probe = min((rank["probe"] for rank in ranks if rank["probe"]), default=0.0)
+    least: dict[int, float] = {}
+    for rank in ranks:
+        least[rank["stage"]] = min(rank[work], least.get(rank["stage"], math.inf))
+    scores = []
+    for rank in ranks:
+        behind = rank["own"] - own + rank[work] - least[rank["stage"]]
+        device = probe / rank["probe"] if rank["probe"] else 1.0
+        scores.append(max(0.0, min(1 - behind / max(rank["whole"], 1e-9), device)))
+    return scores
 
 
 def unequal_ranks(engine: Engine) -> list[int]:
@@ -148,7 +186,7 @@ def unequal_ranks(engine: Engine) -> list[int]:
         group = [(rank, r["hash"]) for rank, r in enumerate(ranks) if r["part"] == part]
         hashes = [digest for _, digest in group]
         most = max(set(hashes), key=hashes.count)
-        if hashes.count(most) * 2 <= len(hashes) and len(set(hashes)) > 1:
+        if hashes.count(most) * 2 <= len(hashes):
             unequal += [rank for rank, _ in group]
         else:
             unequal += [rank for rank, digest in group if digest != most]
@@ -156,16 +194,23 @@ def unequal_ranks(engine: Engine) -> list[int]:
 
 
 def _probe() -> float:
-    """Times a fixed product on a GPU: the fastest of five, in seconds; 0 on a CPU, whose cores ranks share."""
+    """Times a fixed product on a GPU: the fastest of five, in seconds; 0 on a CPU, whose cores ranks share.
+
+    It is 0 too where the device's memory is so full that the product has no room: the run matters more.
+    """
     import torch
 
     if not torch.cuda.is_available():
         return 0.0
-    a = torch.ones(2048, 2048, dtype=torch.bfloat16, device="cuda")
+    try:
+        a = torch.ones(2048, 2048, dtype=torch.bfloat16, device="cuda")
+        product = torch.empty_like(a)
+    except torch.OutOfMemoryError:
+        return 0.0
     marks = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(5)]
     for begin, end in marks:
         begin.record()
-        a @ a
+        torch.matmul(a, a, out=product)
         end.record()
     torch.cuda.synchronize()
     return min(begin.elapsed_time(end) for begin, end in marks) / 1000

@@ -46,14 +46,7 @@ def compare_ranks(run: Session, state: RunState) -> None:
         for slow in run.pace.stragglers(run.engine):
             run.metrics.write({"kind": "straggler", "step": state.step, **dataclasses.asdict(slow)})
             if run.is_first:
-                logger.warning(
-                    "Rank %d on %s is slow: score %.2f, a step takes it %.3f s before and %.3f s in the model.",
-                    slow.rank,
-                    slow.host,
-                    slow.score,
-                    slow.own_seconds,
-                    slow.busy_seconds or slow.forward_seconds,
-                )
+                logger.warning("%s", slow)
     if several and state.step % guard.weight_hash_every_steps == 0:
         unequal = unequal_ranks(run.engine)
         if unequal:

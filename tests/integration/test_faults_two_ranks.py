@@ -146,9 +146,15 @@ def test_a_slow_rank_is_reported_and_the_loss_is_the_same(tmp_path, corpus, refe
     assert not rows(reference, "straggler")
 
 
-@pytest.mark.parametrize(
-    "layout", [["parallel.tp=2"], ["engine=deepspeed", "deepspeed.zero_stage=3"]], ids=["tp2", "zero3"]
-)
+GATHERED = ("distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")
+WAITING = {
+    "tp2": ["parallel.tp=2"],
+    "zero3": ["engine=deepspeed", "deepspeed.zero_stage=3"],
+    "overlapped": [f"megatron.{key}=true" for key in GATHERED],
+}
+
+
+@pytest.mark.parametrize("layout", WAITING.values(), ids=WAITING)
 def test_a_slow_rank_for_which_the_others_wait_within_the_step_is_reported(tmp_path, corpus, layout):
     words = [*layout, "train.steps=10"]
     ended = train(tmp_path / "calm", corpus, *words)
@@ -162,6 +168,14 @@ def test_a_slow_rank_for_which_the_others_wait_within_the_step_is_reported(tmp_p
     assert first["busy_seconds"] > 0.2
     assert {report["rank"] for report in more} <= {1}
     assert curve(tmp_path / "slow/run") == curve(tmp_path / "calm/run")
+
+
+def test_who_waits_for_a_slow_rank_is_not_taken_for_one(tmp_path, corpus):
+    ended = train(tmp_path, corpus, "parallel.tp=2", fault="step_start:1:*:sleep=0.2")
+    assert ended.codes == [0, 0], ended.text
+    reports = rows(tmp_path / "run", "straggler")
+    assert {row["rank"] for row in reports} == {1}
+    assert [row["step"] for row in reports] == [5, 10, 15, 20], "looks without a record too"
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_on_both(tmp_path, corpus, reference):

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from megatron_inherit.base.errors import CheckpointError, DiskError, UsageError
 from megatron_inherit.base.faults import fault
+from megatron_inherit.base.processes import process_start
+from megatron_inherit.train import pace as pace_module
 from megatron_inherit.train.checkpointing import (
     KeepPolicy,
     list_steps,
@@ -21,7 +23,7 @@ from megatron_inherit.train.checkpointing import (
 )
 from megatron_inherit.train.pace import Pace, covered, unequal_ranks
 from megatron_inherit.train.resume import Identity
-from megatron_inherit.train.run_folder import RunLock, clear_exit_status, locked, process_start, write_exit_status
+from megatron_inherit.train.run_folder import RunLock, clear_exit_status, locked, write_exit_status
 from megatron_inherit.train.spikes import SpikePolicy
 from megatron_inherit.train.start import tell_dropout
 from megatron_inherit.train.state import RunState, next_start
@@ -183,23 +185,66 @@ def test_unequal_weights_name_the_minority():
     assert unequal_ranks(Ranks(other(1, "b"), other(0, "a"), other(1, "b"))) == []
 
 
+def other_pace(**changes):
+    values = {"own": 0.01, "forward": 0.05, "busy": 0.0, "whole": 0.3, "probe": 0.0, "host": "h", "stage": 0}
+    return json.dumps(values | changes)
+
+
+def paced(steps=4, forward=0.04, **settings):
+    """Gives the pace of a rank after some usual steps, the last of which was held up."""
+    pace = Pace(0.7, **settings)
+    for own in [*[0.01] * (steps - 1), 9.0]:
+        pace.add(own=own, forward=forward + own, whole=own + 0.29)
+    return pace
+
+
 def test_a_slow_rank_has_a_low_score():
-    def other(**changes):
-        values = {"own": 0.01, "forward": 0.05, "busy": 0.0, "whole": 0.3, "probe": 0.0, "host": "h", "stage": 0}
-        return json.dumps(values | changes)
-
-    def stragglers(*others):
-        pace = Pace(0.7)
-        for own in (0.01, 0.01, 0.01, 9.0):  # one step that was held up
-            pace.add(own=own, forward=0.04 + own, whole=own + 0.29)
-        return pace.stragglers(Ranks(*others))
-
     for late in ({"own": 0.21}, {"forward": 0.25}):
-        (found,) = stragglers(other(**late), other())
+        (found,) = paced().stragglers(Ranks(other_pace(**late), other_pace()))
         assert found.rank == 1
         assert found.score == pytest.approx(1 - 0.2 / 0.3)
-    assert stragglers(other()) == []
-    assert stragglers(other(forward=0.25, stage=1), other(forward=0.25, stage=1)) == [], "another stage has other work"
+    assert paced().stragglers(Ranks(other_pace())) == []
+    others = [other_pace(forward=0.25, stage=1)] * 2
+    assert paced().stragglers(Ranks(*others)) == [], "another stage has other work"
+
+
+def test_passes_that_wait_for_others_accuse_nobody():
+    late = other_pace(forward=0.0, own=0.2)
+    assert len(paced(forward=0.2).stragglers(Ranks(late))) == 2
+    (found,) = paced(forward=0.2, waiting=True).stragglers(Ranks(late))
+    assert (found.rank, found.forward_seconds) == (1, 0.0)
+
+
+def test_only_the_last_steps_count_and_not_so_few_that_they_are_a_warm_up():
+    pace = Pace(0.7, every_steps=5)
+    for own in [0.2] * 50 + [0.01] * 5:
+        pace.add(own=own, forward=0.05, whole=0.3)
+    assert pace.stragglers(Ranks(other_pace())) == []
+    assert paced(2).stragglers(Ranks(other_pace(own=0.2))) == []
+    assert paced(3, every_steps=1).stragglers(Ranks(other_pace(own=0.2)))
+
+
+def test_of_a_slow_cluster_the_slowest_are_named():
+    found = paced().stragglers(Ranks(*(other_pace(own=0.2 + rank / 1000) for rank in range(1, 64))))
+    assert [slow.rank for slow in found] == list(range(63, 55, -1))
+
+
+def test_a_throttled_device_is_named_and_one_without_room_is_not_judged(monkeypatch):
+    monkeypatch.setattr(pace_module, "_probe", lambda: 0.0)
+    (found,) = paced().stragglers(Ranks(other_pace(probe=0.001), other_pace(probe=0.002), other_pace(probe=0.0)))
+    assert (found.rank, found.score) == (2, 0.5)
+    assert str(found).endswith("0.010 s around a step, 0.050 s in it, 2.000 ms for a product of matrices.")
+
+
+def test_a_full_device_stops_no_run(monkeypatch):
+    import torch
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", full)
+    assert pace_module._probe() == 0.0
 
 
 def test_what_spans_cover_is_counted_once():
