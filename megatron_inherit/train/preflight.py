@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from megatron_inherit.arch.counts import count_parameters
 from megatron_inherit.arch.model_config import ModelConfig
 from megatron_inherit.arch.presets import preset
@@ -23,7 +21,7 @@ from megatron_inherit.config.schema import RunConfig
 from megatron_inherit.engines.base import EngineOptions
 from megatron_inherit.engines.check import check_batch, check_options
 from megatron_inherit.sharing.options import Sharing
-from megatron_inherit.sharing.tensors import count_shared
+from megatron_inherit.sharing.tensors import count_own, count_shared
 from megatron_inherit.train.objectives import sharing_of, soft_tie_of, stored_config, teacher_of
 from megatron_inherit.train.schedule import BatchPlan, Schedule, batch_plan, schedule_of, total_steps
 
@@ -115,7 +113,7 @@ def plan_run(config: RunConfig, *, world_size: int | None = None) -> RunPlan:
     schedule = schedule_of(config)
     refuse_long_warmup(schedule.warmup_steps, schedule.total_steps)
     shared = options.sharing
-    parameters = count_parameters(model) if shared is None else count_shared(model, shared.plan).unique
+    parameters = count_parameters(model) if shared is None else stored_parameters(model, shared)
     return RunPlan(
         config=config,
         model=model,
@@ -128,6 +126,12 @@ def plan_run(config: RunConfig, *, world_size: int | None = None) -> RunPlan:
         parameters=parameters,
         checkpoint_bytes=parameters * CHECKPOINT_BYTES[config.train.dtype],
     )
+
+
+def stored_parameters(model: ModelConfig, sharing: Sharing) -> int:
+    """Counts the parameters of a model with shared stages, with what layers have of their own."""
+    own = count_own(model, gates=sharing.gates, low_rank=sharing.low_rank)
+    return count_shared(model, sharing.plan).unique + own
 
 
 CHECKPOINT_BYTES: Mapping[str, int] = {"fp32": 12, "bf16": 14}
@@ -147,7 +151,7 @@ def engine_options(config: RunConfig, sharing: Sharing | None = None) -> EngineO
         last_stage_layers=parallel.last_stage_layers,
         zero_stage=config.deepspeed.zero_stage,
         offload=config.deepspeed.offload if config.engine == "deepspeed" else "none",
-        nvme_path=_nvme_folder(config),
+        nvme_path=(config.deepspeed.nvme_path or "") if config.engine == "deepspeed" else "",
         aio=config.deepspeed.aio.model_dump(),
         distributed_optimizer=config.megatron.distributed_optimizer,
         overlap_grad_reduce=config.megatron.overlap_grad_reduce,
@@ -170,16 +174,8 @@ def engine_options(config: RunConfig, sharing: Sharing | None = None) -> EngineO
 def passes_wait(plan: RunPlan) -> bool:
     """Tells whether a rank's passes through its part of the model wait for those of others."""
     options = plan.options
-    return options.tp > 1 or options.cp > 1 or (plan.config.engine == "deepspeed" and options.zero_stage == 3)
-
-
-def _nvme_folder(config: RunConfig) -> str:
-    """Gives a run's own folder on the local disk: DeepSpeed names its files the same in every run."""
-    path = config.deepspeed.nvme_path
-    if path is None or config.engine != "deepspeed":
-        return ""
-    run = xxhash.xxh3_64_hexdigest(os.path.abspath(config.run.output).encode())
-    return os.path.join(path, f"minherit-{run}")
+    gathers = options.zero_stage == 3 if plan.config.engine == "deepspeed" else options.overlap_param_gather
+    return options.tp > 1 or options.cp > 1 or gathers
 
 
 def _preset_of(config: RunConfig) -> ModelConfig:

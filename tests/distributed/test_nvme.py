@@ -1,14 +1,13 @@
 """Optimizer state on a local disk: what is refused before the first step, and that the run is the one in memory."""
 
 import os
+import shutil
 import subprocess
 import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from megatron_inherit.config.load import load_recipe
-from megatron_inherit.train.preflight import engine_options
 from tests.support import forked_world, tiny_run
 from tests.support.tiny_run import curve, recipe, rows, saved_hashes
 
@@ -23,10 +22,12 @@ def corpus(tmp_path_factory):
     return tiny_run.write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-def train(folder, corpus, *overrides, before=None, size=1):
+def train(folder, corpus, *overrides, before=None, size=1, **environ):
     words = ["engine=deepspeed", "deepspeed.zero_stage=3", "deepspeed.offload=optimizer", "train.steps=8"]
     path = recipe(folder, corpus, model={"shape": WIDE})
-    return forked_world.run(folder, ["train", path, *words, *overrides], size=size, timeout=400, before=before)
+    return forked_world.run(
+        folder, ["train", path, *words, *overrides], size=size, timeout=400, before=before, **environ
+    )
 
 
 def without_libaio():
@@ -42,14 +43,14 @@ def listing(found):
     def before():
         from megatron_inherit.engines.deepspeed import nvme
 
-        remove = nvme.remove_files
+        remove = nvme._remove
 
-        def noted(optimizer):
-            names = [path.name for path in Path(optimizer.optimizer_swapper.swap_folder).iterdir()]
+        def noted(path, held):
+            names = [file.name for file in path.rglob("*") if file.is_file()]
             (found / f"rank{os.environ['RANK']}.txt").write_text("\n".join(sorted(names)))
-            remove(optimizer)
+            remove(path, held)
 
-        nvme.remove_files = noted
+        nvme._remove = noted
 
     return before
 
@@ -62,13 +63,41 @@ def test_a_folder_that_is_not_there_is_refused_before_the_first_step(tmp_path, c
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_first_step(tmp_path, corpus):
-    path, disk = recipe(tmp_path, corpus), tmp_path / "disk"
-    disk.mkdir()
-    options = engine_options(load_recipe(path, ["engine=deepspeed", f"deepspeed.nvme_path={disk}"]))
-    Path(options.nvme_path).write_text("a file where the run's folder would be")
-    ended = train(tmp_path, corpus, f"deepspeed.nvme_path={tmp_path / 'disk'}")
+    ended = train(tmp_path, corpus, "deepspeed.nvme_path=/proc")
     assert ended.codes == [3], ended.text
-    assert f"deepspeed.nvme_path: {tmp_path / 'disk'} cannot be written on" in ended.text
+    assert "deepspeed.nvme_path: /proc cannot be written on" in ended.text
+
+
+def test_a_disk_without_room_is_refused_before_the_first_step(tmp_path, corpus):
+    def small():
+        from megatron_inherit.engines.deepspeed import nvme
+
+        nvme._operation_problem = str
+        shutil.disk_usage = lambda path: SimpleNamespace(free=10**9 if path != str(tmp_path) else 10_000_000)
+
+    ended = train(tmp_path, corpus, f"deepspeed.nvme_path={tmp_path}", before=small, size=2)
+    assert ended.codes == [7, 7], ended.text
+    assert f"deepspeed.nvme_path: not enough space on the file system of {tmp_path} on" in ended.text
+    assert "9.54 MiB free" in ended.text
+    assert not list(tmp_path.glob("minherit.tmp-*"))
+
+
+def test_each_process_has_a_folder_of_its_own_and_removes_what_the_dead_left(tmp_path, monkeypatch):
+    from megatron_inherit.engines.deepspeed import nvme
+
+    def die():
+        kept = nvme.OwnFolder(tmp_path)
+        os._exit(9 if kept.path.is_dir() else 1)
+
+    monkeypatch.setattr(nvme, "_operation_problem", str)
+    assert forked_world.World(tmp_path / "logs", 1, die, {}).wait().codes == [9]
+    assert list(tmp_path.glob("minherit.tmp-*"))
+    first, second = (nvme.claim_folder(str(tmp_path), 1, lambda text: [text]) for _ in range(2))
+    assert sorted(tmp_path.glob("minherit.tmp-*")) == sorted([first.path, second.path])
+    first.remove()
+    assert list(tmp_path.glob("minherit.tmp-*")) == [second.path]
+    del second
+    assert not list(tmp_path.glob("minherit.tmp-*")), "also where nobody closes it"
 
 
 def test_a_machine_without_the_operation_is_refused_before_the_first_step(tmp_path, corpus):
@@ -105,4 +134,10 @@ def test_a_run_with_its_optimizer_on_a_disk_is_the_one_in_memory(tmp_path, corpu
     for rank in range(2):
         names = (tmp_path / f"rank{rank}.txt").read_text()
         assert names.count("exp_avg-") == names.count("exp_avg_sq-") == 1, "the matrices' moments, and no smaller ones"
+    assert list(disk.iterdir()) == []
+    stopped = train(tmp_path / "killed", corpus, f"deepspeed.nvme_path={disk}", MI_FAULT="after_step:0:2:kill")
+    assert stopped.codes == [-9], stopped.text
+    assert len(list(disk.iterdir())) == 1
+    ended = train(tmp_path / "killed", corpus, f"deepspeed.nvme_path={disk}")
+    assert ended.codes == [0], ended.text
     assert list(disk.iterdir()) == []

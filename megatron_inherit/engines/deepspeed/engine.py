@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import itertools
 import time
@@ -37,7 +38,7 @@ from megatron_inherit.sharing.partition import Partition
 from megatron_inherit.sharing.pipeline import divide_by_uses
 from megatron_inherit.sharing.relax import share_model
 from megatron_inherit.sharing.stage_plan import unshared
-from megatron_inherit.sharing.tensors import restoring
+from megatron_inherit.sharing.tensors import count_shared, restoring
 
 _log = get_logger(__name__)
 
@@ -61,15 +62,15 @@ class DeepSpeedEngine:
         self.device = start_processes(timeout_s=options.timeout_s)
         self.groups = make_groups(tp=options.tp)
         deepspeed = import_deepspeed()
-        if options.nvme_path:
-            nvme.require_nvme(options.nvme_path, self.gather_text)
+        self.disk = self._claim_disk()
         deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False, dist_init_required=False)
         groups = self.groups
         self.topology = Topology(
             dist.get_rank(), dist.get_world_size(), groups.dp.rank(), groups.dp.size(), model_rank=groups.tp.rank()
         )
         self.mpu = mpu_of(groups)
-        ds_config = deepspeed_config(options, replicas=groups.dp.size(), parameters=count_parameters(config))
+        stored = options if self.disk is None else dataclasses.replace(options, nvme_path=str(self.disk.path))
+        ds_config = deepspeed_config(stored, replicas=groups.dp.size(), parameters=count_parameters(config))
         self.model = self._build(deepspeed, ds_config)
         pieces = pieces_of(self.model)
         self.named = [(parameter, pieces[name]) for name, parameter in self.model.named_parameters()]
@@ -91,6 +92,13 @@ class DeepSpeedEngine:
         self._end()
         self.__dict__.clear()
         DeepSpeedEngine.__init__(self, options, config, read, distill)
+
+    def _claim_disk(self) -> nvme.OwnFolder | None:
+        if not self.options.nvme_path:
+            return None
+        sharing = self.options.sharing
+        count = count_parameters(self.config) if sharing is None else count_shared(self.config, sharing.plan).unique
+        return nvme.claim_folder(self.options.nvme_path, count // dist.get_world_size(), self.gather_text)
 
     def _build(self, deepspeed: Any, ds_config: dict[str, Any]) -> Any:
         dtype = DTYPES[self.options.dtype]
@@ -291,4 +299,5 @@ class DeepSpeedEngine:
 
     def _end(self) -> None:
         self.engine.destroy()
-        nvme.remove_files(self.optimizer)
+        if self.disk is not None:
+            self.disk.remove()
