@@ -25,12 +25,16 @@ def start_processes(*, timeout_s: float = 600.0) -> torch.device:
 
     Reads ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and ``MASTER_PORT``, which launchers set. Does
     nothing where the processes are joined already.
+
+    Raises:
+        ConfigError: A launcher set some of them only, or there are more processes than GPUs.
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = torch.device("cuda", _own_gpu(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()))
         torch.cuda.set_device(device)
+        os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes its device from there
     if dist.is_initialized():
         return device
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -38,14 +42,27 @@ def start_processes(*, timeout_s: float = 600.0) -> torch.device:
     present = [name for name in _LAUNCHER if name in os.environ]
     if len(present) == len(_LAUNCHER):
         dist.init_process_group(backend, timeout=timeout)
-    elif int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    elif int(os.environ.get("WORLD_SIZE", "1")) == 1 and int(os.environ.get("RANK", "0")) == 0:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         missing = ", ".join(name for name in _LAUNCHER if name not in present)
         raise ConfigError(
-            f"WORLD_SIZE is set but {missing} is not.", fix="Start with torchrun, deepspeed or srun torchrun."
+            f"{', '.join(present)} set by a launcher, but not {missing}.",
+            fix="Start with torchrun, deepspeed or srun torchrun.",
         )
     return device
+
+
+def _own_gpu(local_rank: int, visible: int) -> int:
+    """Gives the number of this process's GPU; a scheduler that shows each process its own alone numbers them all 0."""
+    if visible == 1:
+        return 0
+    if local_rank >= visible:
+        raise ConfigError(
+            f"LOCAL_RANK is {local_rank}, but this process sees {visible} GPUs.",
+            fix="Start no more processes a node than it has GPUs.",
+        )
+    return local_rank
 
 
 def make_groups(*, tp: int = 1, pp: int = 1, vpp: int = 1, cp: int = 1) -> ProcessGroupCollection:
