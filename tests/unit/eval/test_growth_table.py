@@ -56,6 +56,7 @@ def test_before_its_teacher_is_scored_there_is_no_table_and_a_foreign_file_is_re
     record = json.loads((folder / "grow.json").read_text())
     (folder / "grow.json").write_text(json.dumps(record | {"teacher": None}))
     assert find_growths([tmp_path]) == []
-    (folder / "grow.json").write_text(json.dumps({"rounds": []}))
-    with pytest.raises(DataError, match=r"grow\.json is no record of a growth"):
-        find_growths([tmp_path])
+    for foreign in ({"rounds": []}, [], record | {"outcome": "parity"}):
+        (folder / "grow.json").write_text(json.dumps(foreign))
+        with pytest.raises(DataError, match=r"grow\.json is no record of a growth"):
+            find_growths([tmp_path])
