@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import signal
-import sys
 import time
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_inherit.study.arms import CONSOLE, RECIPE, Trainer
+from tests.support.forked_world import fork
 
 PR_SET_PDEATHSIG = 1
 OF_A_WORLD = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -48,30 +46,14 @@ class ForkedTrainer(Trainer):
     """A Trainer in all but how a process is made; its runs too are asked to save when this process dies."""
 
     def _launch(self, folder: Path, environment: Mapping[str, str]) -> ForkedProcess:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        pid = os.fork()
-        if pid:
-            return ForkedProcess(pid)
-        code = 99
-        try:
+        def child() -> int:
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-            console = os.open(folder / CONSOLE, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            for number in (1, 2):
-                os.dup2(console, number)
-            sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
-            sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
             os.environ.clear()
             os.environ.update({name: value for name, value in environment.items() if name not in OF_A_WORLD})
             for number in (signal.SIGTERM, signal.SIGUSR1):
                 signal.signal(number, signal.SIG_DFL)
             from megatron_inherit.cli.main import main
 
-            code = main(["train", str(folder / RECIPE)])
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            with contextlib.suppress(Exception):
-                sys.stderr.flush()
-                sys.stdout.flush()
-            os._exit(code)
+            return main(["train", str(folder / RECIPE)])
+
+        return ForkedProcess(fork(child, folder / CONSOLE, os.O_APPEND))

@@ -37,6 +37,39 @@ def preload(*more: str) -> None:
             importlib.import_module(name)
 
 
+def fork(work: Callable[[], int], log: Path, opened: int) -> int:
+    """Starts a process that ends with what ``work`` returns.
+
+    Args:
+        work: Runs in the child; an exception makes its exit code 99.
+        log: What the child says goes there.
+        opened: ``os.O_TRUNC`` or ``os.O_APPEND``.
+
+    Returns:
+        Its number.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 99
+    try:
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | opened)
+        for number in (1, 2):
+            os.dup2(file, number)
+        sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+        sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+        code = work()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stderr.flush()
+            sys.stdout.flush()
+        os._exit(code)
+
+
 @dataclass(frozen=True)
 class Ended:
     """How the ranks ended: exit codes, negative for signals; what they said; how long it took in seconds."""
@@ -62,32 +95,15 @@ class World:
         self.pids = [self._fork(rank, size, port, work, environ) for rank in range(size)]
 
     def _fork(self, rank: int, size: int, port: str, work: Callable[[], int], environ: Mapping[str, str]) -> int:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        pid = os.fork()
-        if pid:
-            return pid
-        code = 99
-        try:
-            log = os.open(self.logs[rank], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
-            sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+        def child() -> int:
             os.environ.update(environ)
-            signal.signal(
-                signal.SIGINT, signal.default_int_handler
-            )  # ignored where a shell started us in the background
+            # a shell that started us in the background has it ignored
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-            code = work()
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            with contextlib.suppress(Exception):
-                sys.stderr.flush()
-                sys.stdout.flush()
-            os._exit(code)
+            return work()
+
+        return fork(child, self.logs[rank], os.O_TRUNC)
 
     def wait(self, timeout: float = 120) -> Ended:
         """Waits for all ranks; kills what is left after the timeout and fails."""
