@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from megatron_inherit.arch.model_config import ModelConfig
+from megatron_inherit.base.atomic import write_bytes
 from megatron_inherit.base.errors import CheckpointError
 from megatron_inherit.checkpoint.dtypes import CARRIERS
 from megatron_inherit.checkpoint.extents import ITEM_SIZES, Extent, Piece, Shape, dense_strides
-from megatron_inherit.checkpoint.files import FilePool
+from megatron_inherit.checkpoint.files import FilePool, file_pool
 from megatron_inherit.checkpoint.gather import gather
 
 Box = tuple[slice, ...]
@@ -126,6 +127,15 @@ class SideFile:
         if self.file is None:
             raise CheckpointError(f"The side file {self.name} has no content.")
         return pool.read_all(self.file, limit=1 << 28)
+
+
+def write_side_files(folder: Path, files: Sequence[SideFile]) -> None:
+    """Copies small files into a folder, which is made if there are any; each appears whole and is durable."""
+    if files:
+        folder.mkdir(exist_ok=True)
+    with file_pool() as pool:
+        for file in files:
+            write_bytes(folder / file.name, file.read(pool))
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from typing import Annotated
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from megatron_inherit.checkpoint.compare import Difference
+    from megatron_inherit.inherit.lineage import Lineage
+
+_SHOWN = 20
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
 
@@ -21,34 +29,12 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare bytes, then logits if asked."""
-    import dataclasses
-
-    from megatron_inherit.checkpoint.compare import Difference, compare, compare_configs, compare_manifest
-    from megatron_inherit.checkpoint.detect import open_source
-    from megatron_inherit.checkpoint.manifest import load_file
-    from megatron_inherit.inherit.lineage import Lineage, chosen_lineage, recorded_lineage
-    from megatron_inherit.inherit.select import parse_layers
-    from megatron_inherit.plan.plan import describe_layers
-
-    configs: list[Difference] = []
-    lineage: Lineage | None = None
-    with open_source(first) as left:
-        if second.endswith(".json"):
-            differences, total = compare_manifest(left, load_file(second)), len(left.tensors)
-        else:
-            with open_source(second) as right:
-                if layers:
-                    lineage = chosen_lineage(right.config, parse_layers(layers, left.config.num_layers))
-                else:
-                    lineage = recorded_lineage(left, second)
-                differences = compare(left, right, sources=lineage.sources if lineage else None)
-                total = len(lineage.sources) if lineage else len({*left.tensors, *right.tensors})
-                configs = compare_configs(left.config, right.config)
+    found = _compared(first, second, layers)
     result: dict[str, object] = {
-        "tensors": total,
-        "layers": lineage and list(lineage.layers),
-        "not_compared": dict(lineage.others) if lineage else {},
-        "differences": [dataclasses.asdict(one) for one in (*configs, *differences)],
+        "tensors": found.total,
+        "layers": found.lineage and list(found.lineage.layers),
+        "not_compared": dict(found.lineage.others) if found.lineage else {},
+        "differences": [dataclasses.asdict(one) for one in (*found.configs, *found.differences)],
     }
     if logits:
         from megatron_inherit.eval.logits import compare_logits
@@ -57,16 +43,56 @@ def verify(
     if as_json:
         typer.echo(json.dumps(result, indent=2, default=str))
     else:
-        if lineage is not None:
-            told = "--layers" if layers else "its inherit.json"
-            typer.echo(f"{second} is a student by {told}: its blocks are {describe_layers(lineage.layers)} of {first}")
-            if lineage.others:
-                typer.echo(f"not compared, as they are not copies: {', '.join(lineage.others)}")
-        for one in (*configs, *differences[:20]):
-            typer.echo(one.describe())
-        if len(differences) > 20:
-            typer.echo(f"and {len(differences) - 20} tensors more")
-        typer.echo(f"{total - len(differences)} of {total} tensors are equal, byte for byte")
+        if found.lineage is not None:
+            _tell_student(first, second, found.lineage, "--layers" if layers else "its inherit.json")
+        _tell(found)
         if logits:
             typer.echo(f"logits: {result['logits']}")
-    raise typer.Exit(1 if differences or configs else 0)
+    raise typer.Exit(1 if found.differences or found.configs else 0)
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """Where two checkpoints differ, of how many tensors; ``lineage`` where the second is a student of the first."""
+
+    total: int
+    differences: Sequence[Difference]
+    configs: Sequence[Difference] = ()
+    lineage: Lineage | None = None
+
+
+def _compared(first: str, second: str, layers: str) -> _Compared:
+    from megatron_inherit.checkpoint.compare import compare, compare_configs, compare_manifest
+    from megatron_inherit.checkpoint.detect import open_source
+    from megatron_inherit.checkpoint.manifest import load_file
+    from megatron_inherit.inherit.lineage import chosen_lineage, recorded_lineage
+    from megatron_inherit.inherit.select import parse_layers
+
+    with open_source(first) as left:
+        if second.endswith(".json"):
+            return _Compared(len(left.tensors), compare_manifest(left, load_file(second)))
+        with open_source(second) as right:
+            lineage: Lineage | None
+            if layers:
+                lineage = chosen_lineage(right.config, parse_layers(layers, left.config.num_layers))
+            else:
+                lineage = recorded_lineage(left, second)
+            differences = compare(left, right, sources=lineage.sources if lineage else None)
+            total = len(lineage.sources) if lineage else len({*left.tensors, *right.tensors})
+            return _Compared(total, differences, compare_configs(left.config, right.config), lineage)
+
+
+def _tell_student(first: str, second: str, lineage: Lineage, told: str) -> None:
+    from megatron_inherit.plan.plan import describe_layers
+
+    typer.echo(f"{second} is a student by {told}: its blocks are {describe_layers(lineage.layers)} of {first}")
+    if lineage.others:
+        typer.echo(f"not compared, as they are not copies: {', '.join(lineage.others)}")
+
+
+def _tell(found: _Compared) -> None:
+    for one in (*found.configs, *found.differences[:_SHOWN]):
+        typer.echo(one.describe())
+    if len(found.differences) > _SHOWN:
+        typer.echo(f"and {len(found.differences) - _SHOWN} tensors more")
+    typer.echo(f"{found.total - len(found.differences)} of {found.total} tensors are equal, byte for byte")

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_inherit.base.atomic import TEMPORARY_MARK, disk_error, fsync_path, require_space, write_json, write_text
+from megatron_inherit.base.atomic import disk_error, fsync_path, require_space, write_json, write_text
 from megatron_inherit.base.errors import DiskError, MinheritError
 from megatron_inherit.base.faults import fault
 from megatron_inherit.base.log import get_logger
+from megatron_inherit.base.temporary import TEMPORARY_MARK
 from megatron_inherit.checkpoint.formats import native
-from megatron_inherit.checkpoint.stream import SideFile
+from megatron_inherit.checkpoint.stream import SideFile, write_side_files
 from megatron_inherit.train.snapshot import Snapshots
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ class Saver:
         pending.temporary.mkdir(parents=True, exist_ok=True)
         if self.topology.rank == 0:
             write_json(pending.temporary / native.STATE, state)
-            _write_side_files(pending.temporary / native.SIDE, self.side_files)
+            write_side_files(pending.temporary / native.SIDE, self.side_files)
         native.write_rank(pending.temporary, self.topology.rank, parts, step=pending.step)
 
     def _commit(self, pending: _Pending) -> SaveReport:
@@ -289,15 +290,3 @@ def disk_error_of(error: Exception, path: Path) -> Exception:
 def require_checkpoint_space(folder: Path, checkpoint_bytes: int) -> None:
     """Raises DiskError unless two more checkpoints fit: one may be written while the one before must stay."""
     require_space(folder, 2 * checkpoint_bytes)
-
-
-def _write_side_files(folder: Path, files: Sequence[SideFile]) -> None:
-    from megatron_inherit.checkpoint.files import file_pool
-
-    if not files:
-        return
-    folder.mkdir(exist_ok=True)
-    with file_pool() as pool:
-        for file in files:
-            (folder / file.name).write_bytes(file.read(pool))
-            fsync_path(folder / file.name)

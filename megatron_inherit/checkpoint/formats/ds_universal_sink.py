@@ -14,14 +14,13 @@ from megatron_inherit.arch.model_config import ModelConfig
 from megatron_inherit.base.atomic import write_bytes, write_json
 from megatron_inherit.base.errors import CheckpointError, UsageError
 from megatron_inherit.checkpoint.extents import Piece, whole
-from megatron_inherit.checkpoint.files import FilePool
 from megatron_inherit.checkpoint.formats.hf import ROWS
 from megatron_inherit.checkpoint.formats.hf_config import write_config
 from megatron_inherit.checkpoint.formats.megatron_names import DIALECTS, megatron_rows
 from megatron_inherit.checkpoint.formats.pickle_machine import Global, Opaque
 from megatron_inherit.checkpoint.formats.pt_writer import Archive, Blank, create_archives, lay_out, patch_checksums
 from megatron_inherit.checkpoint.layout import LayoutRow, PhysicalTensor, physical_tensors
-from megatron_inherit.checkpoint.stream import Sink, SinkOptions, StoredTensor
+from megatron_inherit.checkpoint.stream import Sink, SinkOptions, StoredTensor, write_side_files
 
 _KINDS = ("fp32", "exp_avg", "exp_avg_sq")
 _VERSION = "0.19.8"
@@ -76,10 +75,7 @@ def make_sink(config: ModelConfig, dtypes: Mapping[str, str], options: SinkOptio
     def finish(root: Path) -> None:
         for file, archive in archives.items():
             patch_checksums(root / file, archive.records)
-        pool = FilePool()
-        for side in options.side_files:
-            write_bytes(root / side.name, side.read(pool))
-        pool.close()
+        write_side_files(root, options.side_files)
         write_json(root / "config.json", options.hf_config or write_config(config, "F32"))
         write_bytes(root / "latest_universal", folder.encode())
 

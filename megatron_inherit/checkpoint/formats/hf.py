@@ -10,7 +10,7 @@ import dataclasses
 import fnmatch
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,14 @@ import xxhash
 
 from megatron_inherit.arch.model_config import ModelConfig
 from megatron_inherit.arch.tensors import tensor_table
-from megatron_inherit.base.atomic import write_bytes, write_json
+from megatron_inherit.base.atomic import write_json
 from megatron_inherit.base.errors import CheckpointError
 from megatron_inherit.checkpoint.dtypes import WEIGHT_DTYPES, cast
 from megatron_inherit.checkpoint.extents import Extent, whole
 from megatron_inherit.checkpoint.files import FilePool, create_file, is_remote, join
 from megatron_inherit.checkpoint.formats.hf_config import read_config, write_config
 from megatron_inherit.checkpoint.formats.safetensors_file import build_header, read_header
-from megatron_inherit.checkpoint.layout import LayoutRow, check_names, check_shape, physical_tensors
+from megatron_inherit.checkpoint.layout import LayoutRow, PhysicalTensor, check_names, check_shape, physical_tensors
 from megatron_inherit.checkpoint.stream import (
     Decode,
     SideFile,
@@ -35,6 +35,7 @@ from megatron_inherit.checkpoint.stream import (
     Source,
     StoredTensor,
     dense_tensor,
+    write_side_files,
 )
 
 INDEX = "model.safetensors.index.json"
@@ -217,19 +218,8 @@ def make_sink(config: ModelConfig, dtypes: Mapping[str, str], options: SinkOptio
         dtypes: Type of each canonical tensor.
         options: ``hf_config`` is written as it is (default: made from ``config``), ``side_files`` are copied.
     """
-    shards: list[list[tuple[str, str, tuple[int, ...]]]] = [[]]
-    homes: dict[str, int] = {}
-    filled = 0
     wanted = list(physical_tensors(ROWS[config.family], config))
-    for tensor in wanted:
-        dtype = _common_dtype(tensor.name, {dtypes[part.name] for part in tensor.parts})
-        size = dense_tensor("", 0, dtype, tensor.shape()).nbytes
-        if shards[-1] and filled + size > options.max_shard_bytes:
-            shards.append([])
-            filled = 0
-        homes[tensor.name] = len(shards) - 1
-        shards[-1].append((tensor.name, dtype, tensor.shape()))
-        filled += size
+    shards = _cut_into_files(wanted, dtypes, options.max_shard_bytes)
     files = shard_names(len(shards))
     heads, extents, sizes = {}, {}, {}
     for file, entries in zip(files, shards, strict=True):
@@ -242,7 +232,7 @@ def make_sink(config: ModelConfig, dtypes: Mapping[str, str], options: SinkOptio
             shape = next(part.shape for part in tensor.parts if part.name == name)
             tensors[name] = StoredTensor(shape, extent.dtype, pieces)
     raw = options.hf_config or write_config(config, next(iter(dtypes.values())))
-    index = _index(homes, files, extents) if len(files) > 1 else None
+    index = _index(extents) if len(files) > 1 else None
 
     def prepare(folder: Path) -> None:
         for file in files:
@@ -251,13 +241,27 @@ def make_sink(config: ModelConfig, dtypes: Mapping[str, str], options: SinkOptio
     def finish(folder: Path) -> None:
         if index is not None:
             write_json(folder / INDEX, index)
-        pool = FilePool()
-        for side in options.side_files:
-            write_bytes(folder / side.name, side.read(pool))
-        pool.close()
+        write_side_files(folder, options.side_files)
         write_json(folder / "config.json", raw)
 
     return Sink("hf", config, tensors, sizes, prepare, finish)
+
+
+def _cut_into_files(
+    tensors: Iterable[PhysicalTensor], dtypes: Mapping[str, str], most: int
+) -> list[list[tuple[str, str, tuple[int, ...]]]]:
+    """Fills files in order, each with ``most`` bytes at most or one tensor; an entry has name, dtype and shape."""
+    shards: list[list[tuple[str, str, tuple[int, ...]]]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        dtype = _common_dtype(tensor.name, {dtypes[part.name] for part in tensor.parts})
+        size = dense_tensor("", 0, dtype, tensor.shape()).nbytes
+        if shards[-1] and filled + size > most:
+            shards.append([])
+            filled = 0
+        shards[-1].append((tensor.name, dtype, tensor.shape()))
+        filled += size
+    return shards
 
 
 def shard_names(count: int) -> list[str]:
@@ -375,9 +379,9 @@ def _common_dtype(name: str, dtypes: set[str]) -> str:
     return dtypes.pop()
 
 
-def _index(homes: Mapping[str, int], files: list[str], extents: Mapping[str, Extent]) -> dict[str, Any]:
+def _index(extents: Mapping[str, Extent]) -> dict[str, Any]:
     total = sum(extent.nbytes for extent in extents.values())
     return {
         "metadata": {"total_size": total},
-        "weight_map": {name: files[home] for name, home in sorted(homes.items())},
+        "weight_map": {name: extent.file for name, extent in sorted(extents.items())},
     }

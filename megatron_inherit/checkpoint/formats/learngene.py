@@ -19,7 +19,7 @@ import xxhash
 
 from megatron_inherit.arch.model_config import ModelConfig
 from megatron_inherit.arch.tensors import enumerate_tensors
-from megatron_inherit.base.atomic import write_bytes, write_json
+from megatron_inherit.base.atomic import write_json
 from megatron_inherit.base.errors import CheckpointError
 from megatron_inherit.checkpoint.files import FilePool, create_file, is_remote, join
 from megatron_inherit.checkpoint.formats.hf import read_licence, side_files
@@ -29,7 +29,7 @@ from megatron_inherit.checkpoint.formats.safetensors_file import build_header, r
 from megatron_inherit.checkpoint.packing import BESIDE, Packing, is_packed, packed_tensor, packing_of, stored_forms
 from megatron_inherit.checkpoint.packing import KEY as PACKING
 from megatron_inherit.checkpoint.stages import KEY, Ids, read_ids, share_names, stored_name
-from megatron_inherit.checkpoint.stream import Sink, SinkOptions, Source, StoredTensor, dense_tensor
+from megatron_inherit.checkpoint.stream import Sink, SinkOptions, Source, StoredTensor, dense_tensor, write_side_files
 
 FILE = "learngene.safetensors"
 
@@ -102,10 +102,7 @@ def make_sink(config: ModelConfig, dtypes: Mapping[str, str], options: SinkOptio
         create_file(folder / FILE, size, head)
 
     def finish(folder: Path) -> None:
-        pool = FilePool()
-        for side in options.side_files:
-            write_bytes(folder / side.name, side.read(pool))
-        pool.close()
+        write_side_files(folder, options.side_files)
         write_json(folder / "config.json", raw)
 
     tensors = _targets(config, stored, ids, packing)

@@ -15,15 +15,14 @@ from typing import Any
 import xxhash
 
 from megatron_inherit.arch.model_config import ModelConfig, Rope
-from megatron_inherit.base.atomic import write_bytes, write_json
+from megatron_inherit.base.atomic import write_json
 from megatron_inherit.base.errors import CheckpointError, UsageError
 from megatron_inherit.checkpoint.extents import Extent
-from megatron_inherit.checkpoint.files import FilePool
 from megatron_inherit.checkpoint.formats.bind import bind_tensors, common_dtype, in_order
 from megatron_inherit.checkpoint.formats.pickle_reader import read_torch
 from megatron_inherit.checkpoint.formats.pt_writer import Blank, create_archives, lay_out, patch_checksums
 from megatron_inherit.checkpoint.layout import LayoutRow, physical_tensors, stack, with_axis
-from megatron_inherit.checkpoint.stream import Sink, SinkOptions, Source, StoredTensor
+from megatron_inherit.checkpoint.stream import Sink, SinkOptions, Source, StoredTensor, write_side_files
 
 PARAMS = "params.json"
 OWN = "inherit_config.json"
@@ -123,10 +122,7 @@ def make_sink(config: ModelConfig, dtypes: Mapping[str, str], options: SinkOptio
     def finish(root: Path) -> None:
         for file, archive in archives.items():
             patch_checksums(root / file, archive.records)
-        pool = FilePool()
-        for side in options.side_files:
-            write_bytes(root / side.name, side.read(pool))
-        pool.close()
+        write_side_files(root, options.side_files)
         write_json(root / OWN, config.to_json())
         write_json(root / PARAMS, params)
 

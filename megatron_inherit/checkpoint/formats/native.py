@@ -34,7 +34,7 @@ from megatron_inherit.base.faults import fault
 from megatron_inherit.checkpoint.extents import Extent, Piece, check_cover, flat_pieces
 from megatron_inherit.checkpoint.files import FilePool
 from megatron_inherit.checkpoint.formats.safetensors_file import build_header, read_header
-from megatron_inherit.checkpoint.stages import KEY, LAYER_PREFIX, PREFIX, UNFOLDED, fold_own, read_ids, share_names
+from megatron_inherit.checkpoint.stages import KEY, LAYER_PREFIX, PREFIX, UNFOLDED, Ids, fold_own, read_ids, share_names
 from megatron_inherit.checkpoint.stream import SideFile, Source, StoredTensor
 
 FORMAT, VERSION = "megatron_inherit", 1
@@ -196,29 +196,13 @@ def open_source(path: str | Path) -> Source:
     folder = _find(Path(path)) or Path(path)
     manifest, state = read_manifest(folder), read_json(folder / STATE)
     pool = FilePool()
-    pieces: dict[str, list[Piece]] = {}
-    kinds: dict[str, tuple[tuple[int, ...], str]] = {}
-    identity = {MANIFEST: _hash_of(folder / MANIFEST)["xxh3"]}
-    for rank in range(manifest["world_size"]):
-        record = read_json(folder / f"rank_{rank:05d}.json")
-        extents, identity[record["file"]] = read_header(pool, str(folder / record["file"]))
-        for part in record["parts"]:
-            if part["kind"] == "extra":
-                continue
-            key = part["name"] if part["kind"] == "weight" else f"{part['kind']}:{part['name']}"
-            pieces.setdefault(key, []).extend(_pieces(part, extents[part["key"]]))
-            kinds[key] = tuple(part["global_shape"]), extents[part["key"]].dtype
+    stored, identity = _read_ranks(pool, folder, manifest["world_size"])
     config = ModelConfig.from_json(state["model"])
-    stored = {key: _stored(key, shape, dtype, pieces[key]) for key, (shape, dtype) in kinds.items()}
     details = {key: value for key, value in manifest.items() if key not in ("files", "format")}
     own: dict[str, StoredTensor] = {}
     if any(key.startswith(PREFIX) for key in stored):
         ids = read_ids(state.get("hf_config") or {}, config, str(folder / STATE))
-        own = {key: tensor for key, tensor in stored.items() if LAYER_PREFIX in key}
-        stored = share_names(stored, config, ids, str(folder))
-        if own:
-            own |= {f"{UNFOLDED}:{name}": tensor for name, tensor in (stored | own).items() if ":" not in name}
-            stored = fold_own(stored, own, pool)
+        stored, own = _of_layers(pool, stored, config, ids, str(folder))
         details[KEY] = {name: list(values) for name, values in ids.items()}
     return Source(
         format="native",
@@ -234,6 +218,35 @@ def open_source(path: str | Path) -> Source:
         licence=state.get("licence", ""),
         pool=pool,
     )
+
+
+def _read_ranks(pool: FilePool, folder: Path, world_size: int) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Puts the parts of all ranks together: tensors by ``NAME`` or ``KIND:NAME``, and what identifies the files."""
+    pieces: dict[str, list[Piece]] = {}
+    kinds: dict[str, tuple[tuple[int, ...], str]] = {}
+    identity = {MANIFEST: _hash_of(folder / MANIFEST)["xxh3"]}
+    for rank in range(world_size):
+        record = read_json(folder / f"rank_{rank:05d}.json")
+        extents, identity[record["file"]] = read_header(pool, str(folder / record["file"]))
+        for part in record["parts"]:
+            if part["kind"] == "extra":
+                continue
+            key = part["name"] if part["kind"] == "weight" else f"{part['kind']}:{part['name']}"
+            pieces.setdefault(key, []).extend(_pieces(part, extents[part["key"]]))
+            kinds[key] = tuple(part["global_shape"]), extents[part["key"]].dtype
+    return {key: _stored(key, shape, dtype, pieces[key]) for key, (shape, dtype) in kinds.items()}, identity
+
+
+def _of_layers(
+    pool: FilePool, stored: Mapping[str, StoredTensor], config: ModelConfig, ids: Ids, path: str
+) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
+    """Gives each layer the tensors of its stage, and apart from them what layers hold of their own beside these."""
+    own = {key: tensor for key, tensor in stored.items() if LAYER_PREFIX in key}
+    shared = share_names(stored, config, ids, path)
+    if not own:
+        return shared, own
+    own |= {f"{UNFOLDED}:{name}": tensor for name, tensor in (shared | own).items() if ":" not in name}
+    return fold_own(shared, own, pool), own
 
 
 def read_extras(folder: Path, rank: int) -> dict[str, np.ndarray]:
