@@ -235,7 +235,7 @@ def error(operation, function) -> float:
     for chosen, tensors in ((function, leaves(inputs)), (operation.implementations["eager"], leaves(wide))):
         outputs = outputs_of(chosen, tensors)
         upstream = [torch.ones_like(output) for output in outputs]
-        results.append([*outputs, *gradients(outputs, tensors, upstream)])
+        results.append([value.detach() for value in (*outputs, *gradients(outputs, tensors, upstream))])
     return max(
         float((got.double() - want).abs().max() / want.abs().max().clamp(min=1e-12))
         for got, want in zip(*results, strict=True)
