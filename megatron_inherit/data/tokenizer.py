@@ -6,7 +6,7 @@ import functools
 import json
 import re
 from collections.abc import Sequence
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ import xxhash
 
 from megatron_inherit.base.errors import DataError, MinheritError
 from megatron_inherit.base.optional import require
-from megatron_inherit.data.sentencepiece_parts import may_be_cut, parts
+from megatron_inherit.data.text_parts import encode_in_parts, huggingface_may_cut, sentencepiece_may_cut
 
 _GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 _USUAL_EOS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[SEP]")
@@ -133,15 +133,12 @@ class SentencePieceTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Encodes on the calling thread, in parts where that changes no id."""
-        if not self._may_be_cut:
-            return self._model.encode(list(texts), num_threads=1)
-        cut = [parts(text) for text in texts]
-        encoded = iter(self._model.encode(list(chain.from_iterable(cut)), num_threads=1))
-        return [list(chain.from_iterable(islice(encoded, len(each)))) for each in cut]
+        encode = functools.partial(self._model.encode, num_threads=1)
+        return encode_in_parts(encode, texts) if self._may_cut else encode(list(texts))
 
     @functools.cached_property
-    def _may_be_cut(self) -> bool:
-        return may_be_cut(self._model)
+    def _may_cut(self) -> bool:
+        return sentencepiece_may_cut(self._model)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Decodes; control tokens give no text."""
@@ -190,9 +187,15 @@ class HuggingFaceTokenizer:
         self.fingerprint = _fingerprint([file, *([file.with_name(merges)] if merges else [])], self.eos_id, self.bos_id)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encodes on the library's threads (``TOKENIZERS_PARALLELISM``)."""
-        encoded = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [one.ids for one in encoded]
+        """Encodes on the library's threads (``TOKENIZERS_PARALLELISM``), in parts where that changes no id."""
+        return encode_in_parts(self._encode, texts) if self._may_cut else self._encode(list(texts))
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        return [one.ids for one in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    @functools.cached_property
+    def _may_cut(self) -> bool:
+        return huggingface_may_cut(self._tokenizer)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Decodes, control tokens as they are written."""
