@@ -53,7 +53,7 @@ class SharingSection(Section):
     """Layers that apply the same weights (SWS); a learngene as ``model.path`` brings its own plan.
 
     Attributes:
-        plan: Stage plan, for instance ``3,3,4,3,3``; default that of the model.
+        plan: Stage plan, for instance ``3,3,4,3,3``; default that of the model. A stage starts as its first layer.
         allow_cross_rank: A stage may lie on several pipeline ranks, at the price of an all-reduce a step.
         gradient: ``sum`` is what a weight used k times gets; ``mean`` divides by k before clipping.
         guard_every_steps: Steps between comparisons of the copies of a stage on several ranks.

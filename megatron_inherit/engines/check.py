@@ -149,6 +149,11 @@ def _check_stages(options: EngineOptions, sharing: Sharing, config: ModelConfig)
     sharing.partition(options.pp, options.vpp)
     if sharing.low_rank and options.tp > 1:
         raise ConfigError("sharing.low_rank: is not cut by tensor parallelism.", fix="Set parallel.tp to 1.")
+    most = min(config.hidden_size, config.num_heads * config.head_dim, config.ffn_size)
+    if sharing.low_rank > most:
+        raise ConfigError(
+            "sharing.low_rank: more than the matrices have.", got=sharing.low_rank, expected=f"0 to {most}"
+        )
 
 
 def _check_soft_tie(options: EngineOptions, tie: SoftTie, config: ModelConfig) -> None:

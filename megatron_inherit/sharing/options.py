@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_inherit.arch.model_config import ModelConfig
 from megatron_inherit.sharing.partition import Partition, partition
 from megatron_inherit.sharing.stage_plan import StagePlan
+from megatron_inherit.sharing.tensors import count_own, count_shared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,11 @@ class Sharing:
     def relaxed(self) -> bool:
         """Tells whether layers have something of their own."""
         return self.gates or self.low_rank > 0
+
+    def parameters(self, config: ModelConfig) -> int:
+        """Counts what is stored and trained: each stage once, and what layers have of their own."""
+        own = count_own(config, gates=self.gates, low_rank=self.low_rank)
+        return count_shared(config, self.plan).unique + own
 
     def partition(self, pipeline: int, chunks: int = 1) -> Partition:
         """Lays the stages over pipeline ranks.

@@ -110,6 +110,23 @@ def count_shared(config: ModelConfig, plan: StagePlan) -> SharingCounts:
     return SharingCounts(unique, virtual, (virtual - outside) // config.num_layers, outside)
 
 
+def count_own(config: ModelConfig, *, gates: bool, low_rank: int) -> int:
+    """Counts the parameters that layers have beside their stages: two gates each, and low-rank factors.
+
+    Args:
+        config: The virtual model.
+        gates: Each layer has them.
+        low_rank: Rank of the factors, 0 for none.
+    """
+    rows, columns = 0, {}
+    for spec in enumerate_tensors(config):
+        if spec.layer is not None and len(spec.shape) == 2:
+            rows += spec.shape[0]
+            matrix = spec.name.removeprefix(f"layers.{spec.layer}.").removesuffix(".weight")
+            columns[spec.layer, stages.DOWN_OF[matrix]] = spec.shape[1]
+    return 2 * gates * config.num_layers + low_rank * (rows + sum(columns.values()))
+
+
 @dataclass(frozen=True)
 class FamilyReport:
     """What a family of descendants costs, each ratio with its denominator.

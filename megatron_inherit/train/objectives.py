@@ -33,7 +33,10 @@ def sharing_of(config: RunConfig, model: ModelConfig, source: Source | None) -> 
         ConfigError: The plan does not cover the model, or options of shared stages come without any.
     """
     section = config.sharing
-    plan = parse_plan(section.plan) if section.plan else None if source is None else plan_of(source)
+    own = None if source is None else plan_of(source)
+    plan = parse_plan(section.plan) if section.plan else own
+    if own is not None and plan is not None and config.model.init == "weights":
+        _refuse_merged(plan, own)
     if plan is None:
         _refuse_without_stages(section)
         return None
@@ -61,6 +64,16 @@ def soft_tie_of(config: RunConfig) -> SoftTie | None:
         return None
     plan = parse_plan(section.plan)
     return SoftTie(plan=plan, weight=section.weight, kind=section.kind, fade_steps=section.fade_steps)
+
+
+def _refuse_merged(plan: StagePlan, own: StagePlan) -> None:
+    if plan.num_layers == own.num_layers and not plan.refines(own):
+        raise ConfigError(
+            "sharing.plan: merges stages of model.path, whose weights differ.",
+            got=str(plan),
+            expected=f"{own}, or a split of it",
+            fix="Leave sharing.plan out; or expand it (minherit share expand), and share that.",
+        )
 
 
 def _refuse_without_stages(section: SharingSection) -> None:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from megatron_inherit.base.log import get_logger
 from megatron_inherit.eval.runs import read_metrics
 from megatron_inherit.sharing.stage_plan import StagePlan, parse_plan
-from megatron_inherit.sharing.tensors import count_shared
 from megatron_inherit.train import resume, upkeep
 from megatron_inherit.train.checkpointing import step_folder
 from megatron_inherit.train.session import Session
@@ -82,13 +81,13 @@ def split(run: Session, state: RunState, plan: StagePlan) -> None:
     sharing = run.plan.options.sharing
     if sharing is None:
         return
-    options = dataclasses.replace(run.plan.options, sharing=dataclasses.replace(sharing, plan=plan))
-    counts = count_shared(run.plan.model, plan)
-    run.plan = dataclasses.replace(run.plan, options=options, parameters=counts.unique)
+    finer = dataclasses.replace(sharing, plan=plan)
+    options, parameters = dataclasses.replace(run.plan.options, sharing=finer), finer.parameters(run.plan.model)
+    run.plan = dataclasses.replace(run.plan, options=options, parameters=parameters)
     run.identity = dataclasses.replace(run.identity, stages=plan.to_json())
     distill = distill_of(run.plan.config, run.plan.model, run.loader, run.plan.total_samples)
     run.engine.rebuild(options, random_reader(run.plan.model, 0), distill)
     resume.restore(step_folder(run.checkpoints, state.step), run.engine, run.identity)
-    run.metrics.write({"kind": "untie", "step": state.step, "plan": str(plan), "parameters": counts.unique})
+    run.metrics.write({"kind": "untie", "step": state.step, "plan": str(plan), "parameters": parameters})
     if run.is_first:
-        logger.info("Step %d: stages split into %s, %d parameters.", state.step, plan, counts.unique)
+        logger.info("Step %d: stages split into %s, %d parameters.", state.step, plan, parameters)

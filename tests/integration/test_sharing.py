@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -117,8 +118,11 @@ def test_parameters_are_counted_once_and_operations_by_depth(work, trained):
     assert rows(work, "plain", "run")[0]["flops_per_token"] == flops_per_token(config, 16, "palm")
 
 
-def test_another_plan_does_not_go_on(work, trained, capsys):
-    assert main(["train", recipe(work, "plain"), "sharing.plan=8", "train.steps=8"]) == 5
+def test_another_plan_does_not_go_on(work, capsys):
+    execute(plan_fresh(tiny(8), seed=5), work / "ordinary")
+    run = ["train", recipe(work, "replanned", gene=work / "ordinary"), "train.steps=2"]
+    assert main([*run, "sharing.plan=4,4"]) == 0
+    assert main([*run, "sharing.plan=8", "train.steps=4"]) == 5
     assert "another stage plan" in capsys.readouterr().err
 
 
@@ -228,12 +232,20 @@ def test_a_pull_keeps_the_layers_of_a_stage_together(work, trained):
     assert spread["3.0"] < 0.5 * spread["0.0001"]
 
 
+def stored(folder):
+    """Counts the weights in a run's newest checkpoint."""
+    with open_source(folder) as source:
+        own = [tensor.shape for name, tensor in source.own.items() if name.startswith("sws.layers.")]
+        return count_shared(source.config, plan_of(source)).unique + sum(math.prod(shape) for shape in own)
+
+
 @pytest.mark.parametrize("option", ["sharing.gates=true", "sharing.low_rank=3"])
 def test_what_layers_have_of_their_own_is_kept_and_folded(work, trained, option, capsys):
     name = option.replace("=", "-")
     whole, parts = f"{name}-whole", f"{name}-parts"
     assert main(["train", recipe(work, whole), option, "optimizer.lr=0.05"]) == 0
     assert losses(work, whole)[5][1] != losses(work, "plain")[5][1]
+    assert json.loads((work / whole / "environment.json").read_text())["parameters"] == stored(work / whole)
     assert main(["train", recipe(work, parts), option, "optimizer.lr=0.05", "train.stop_after=3"]) == 75
     assert main(["train", recipe(work, parts), option, "optimizer.lr=0.05"]) == 0
     assert losses(work, parts) == losses(work, whole)
@@ -251,12 +263,15 @@ def test_what_layers_have_of_their_own_is_kept_and_folded(work, trained, option,
 
 REFUSED = {
     "sharing.plan=4,3": (3, "does not cover"),
+    "sharing.plan=8": (3, "merges stages of model.path"),
+    "sharing.plan=3,5": (3, "stages:4,4, or a split of it"),
     "parallel.pp=3": (3, "several pipeline ranks"),
     "parallel.pp=2 and parallel.vpp=2": (3, "several chunks"),
     "sharing.untie=[{plan: '5,3', step: 2}]": (3, "not a split"),
     "sharing.untie=[{plan: '2,2,4', step: 2}, {plan: '4,2,2', step: 4}]": (3, "stages:4,2,2 after stages:2,2,4"),
     "sharing.untie=[{plan: '2,2,2,2'}]": (3, "exactly one of step and patience"),
     "sharing.low_rank=2 and parallel.tp=2": (3, "parallel.tp"),
+    "sharing.low_rank=33": (3, "sharing.low_rank"),
     "sharing.gates=true and engine=deepspeed and deepspeed.zero_stage=3": (3, "deepspeed.zero_stage"),
     "engine=deepspeed and deepspeed.zero_stage=2 and parallel.pp=2": (3, "exclude each other"),
     "distill.alpha_steps=5": (3, "distill.alpha_end"),
