@@ -21,7 +21,6 @@ from megatron_inherit.config.schema import RunConfig
 from megatron_inherit.engines.base import EngineOptions
 from megatron_inherit.engines.check import check_batch, check_options
 from megatron_inherit.sharing.options import Sharing
-from megatron_inherit.sharing.tensors import count_own, count_shared
 from megatron_inherit.train.objectives import sharing_of, soft_tie_of, stored_config, teacher_of
 from megatron_inherit.train.schedule import BatchPlan, Schedule, batch_plan, schedule_of, total_steps
 
@@ -113,7 +112,7 @@ def plan_run(config: RunConfig, *, world_size: int | None = None) -> RunPlan:
     schedule = schedule_of(config)
     refuse_long_warmup(schedule.warmup_steps, schedule.total_steps)
     shared = options.sharing
-    parameters = count_parameters(model) if shared is None else stored_parameters(model, shared)
+    parameters = count_parameters(model) if shared is None else shared.parameters(model)
     return RunPlan(
         config=config,
         model=model,
@@ -126,12 +125,6 @@ def plan_run(config: RunConfig, *, world_size: int | None = None) -> RunPlan:
         parameters=parameters,
         checkpoint_bytes=parameters * CHECKPOINT_BYTES[config.train.dtype],
     )
-
-
-def stored_parameters(model: ModelConfig, sharing: Sharing) -> int:
-    """Counts the parameters of a model with shared stages, with what layers have of their own."""
-    own = count_own(model, gates=sharing.gates, low_rank=sharing.low_rank)
-    return count_shared(model, sharing.plan).unique + own
 
 
 CHECKPOINT_BYTES: Mapping[str, int] = {"fp32": 12, "bf16": 14}
