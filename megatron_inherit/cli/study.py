@@ -27,6 +27,7 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, list the runs and their state, and stop.")] = False,
 ) -> None:
     """Run every arm that is not finished; run again to go on after an interruption."""
+    from megatron_inherit.base.quantities import format_count
     from megatron_inherit.study.arms import is_finished
     from megatron_inherit.study.runner import chosen_jobs, require_inputs, run_study
     from megatron_inherit.study.schema import load_study
@@ -36,8 +37,9 @@ def run(
         jobs = chosen_jobs(loaded, arm or ())
         for job in (*([loaded.teacher] if loaded.teacher else []), *jobs):
             state = "finished" if is_finished(job.config) else "to run"
-            length = job.config.train.steps or f"{job.config.train.budget} tokens"
-            typer.echo(f"{state:9} {job.name:32} {length!s:>8}  {job.folder}")
+            steps, budget = job.config.train.steps, job.config.train.budget
+            length = f"{steps} steps" if steps else f"{format_count(budget or 0)} tokens"
+            typer.echo(f"{state:9} {job.name:32} {length:>12}  {job.folder}")
         require_inputs(loaded, jobs)
         return
     run_study(loaded, arms=arm or (), processes=processes)

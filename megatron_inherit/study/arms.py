@@ -37,6 +37,7 @@ from megatron_inherit.base.log import get_logger
 from megatron_inherit.checkpoint.detect import open_source
 from megatron_inherit.config.load import build_config, flatten, to_yaml
 from megatron_inherit.config.schema import RunConfig
+from megatron_inherit.data.indexed import bin_path
 from megatron_inherit.eval.repair import fit_repair
 from megatron_inherit.eval.repaired_plan import apply_repair, describe
 from megatron_inherit.eval.runs import METRICS, Run, load_run, read_json
@@ -147,6 +148,14 @@ def is_finished(config: RunConfig) -> bool:
     run = load_run(folder)
     done = run.evals if config.eval.windows else run.train
     return bool(done) and done[-1]["step"] == total_steps(config)
+
+
+def missing_inputs(config: RunConfig) -> list[str]:
+    """Names what a recipe reads and is not there: its data and its evaluation windows, by key."""
+    data, windows = Path(config.data.path), config.eval.windows
+    there = {f"data.path {data}": data.exists() or bin_path(data).exists()}
+    there |= {} if windows is None else {f"eval.windows {windows}": Path(windows).exists()}
+    return [name for name, found in there.items() if not found]
 
 
 @dataclass

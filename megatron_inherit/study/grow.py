@@ -31,7 +31,7 @@ from megatron_inherit.inherit.inheritune import plan_inheritance
 from megatron_inherit.plan.execute import RECORD as INHERITED
 from megatron_inherit.plan.execute import execute
 from megatron_inherit.plan.plan import describe_layers
-from megatron_inherit.study.arms import make_start, with_defaults
+from megatron_inherit.study.arms import make_start, missing_inputs, with_defaults
 from megatron_inherit.study.growth_recipes import CONTROL, START, GrowthPlan
 from megatron_inherit.train.run_folder import is_held, locked, make_writable
 
@@ -61,8 +61,15 @@ def grow(plan: GrowthPlan, runs: Runs) -> Row:
         What grow.json holds: ``teacher``, ``control``, ``rounds`` and ``outcome``.
 
     Raises:
+        DataError: The data or the windows are not there.
         MinheritError: What ended a run, or forbids one; a preempted growth goes on when it is run again.
     """
+    over = read_json(plan.folder / RECORD).get("outcome") is not None
+    if not over and (missing := missing_inputs(plan.config)):
+        raise DataError(
+            f"The growth reads what is not there: {', '.join(missing)}.",
+            fix="The first lines of a recipe of the package name the script that makes it; else see 'minherit data'.",
+        )
     make_writable(plan.folder)
     with locked(plan.folder):
         return Growth(plan, runs).run()

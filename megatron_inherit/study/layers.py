@@ -6,7 +6,11 @@ import re
 from pathlib import Path
 
 from megatron_inherit.base.errors import UsageError
-from megatron_inherit.eval.importance import resolve_layers
+from megatron_inherit.eval.importance import METRICS, resolve_layers
+from megatron_inherit.inherit.select import parse_layers
+
+MOST = 10**4
+"""Blocks that no model has."""
 
 
 def resolve(text: str, origin: Path | str, num_layers: int) -> tuple[int, ...]:
@@ -35,6 +39,24 @@ def resolve(text: str, origin: Path | str, num_layers: int) -> tuple[int, ...]:
         return tuple(range(first, first + number))
     gaps = max(1, number - 1)
     return tuple((2 * place * (num_layers - 1) + gaps) // (2 * gaps) for place in range(number))
+
+
+def require_words(text: str) -> None:
+    """Refuses words that no origin could satisfy, before one is trained or measured.
+
+    Raises:
+        UsageError: They are not understood.
+    """
+    text = re.sub(r"(?<=:)(\d+)/(\d+)$", lambda found: str(_share(int(found[1]), int(found[2]), MOST)), text)
+    if re.fullmatch(r"(middle|spaced):0*[1-9]\d*", text):
+        return
+    metric = re.fullmatch(r"auto:(.+):0*[1-9]\d*", text)
+    if metric is None and text.startswith("auto:"):
+        raise UsageError(f"layers {text} is not understood.", expected="auto:METRIC:N, for instance auto:ppl:8")
+    if metric is None:
+        parse_layers(text, MOST)
+    elif metric[1] not in METRICS:
+        raise UsageError(f"There is no measure {metric[1]!r} of blocks.", expected=f"one of {', '.join(METRICS)}")
 
 
 def _share(part: int, whole: int, num_layers: int) -> int:

@@ -14,10 +14,9 @@ from megatron_inherit.arch.families import ROLES
 from megatron_inherit.base.atomic import write_text
 from megatron_inherit.base.errors import ConfigError, DataError, DivergedError, UsageError
 from megatron_inherit.base.log import get_logger
-from megatron_inherit.data.indexed import bin_path
 from megatron_inherit.eval.runs import read_json
 from megatron_inherit.inherit.select import parse_roles
-from megatron_inherit.study.arms import POLL_SECONDS, Trainer, error_kind, is_finished, make_start
+from megatron_inherit.study.arms import POLL_SECONDS, Trainer, error_kind, is_finished, make_start, missing_inputs
 from megatron_inherit.study.schema import TEACHER, Job, Study
 
 logger = get_logger(__name__)
@@ -85,18 +84,13 @@ def require_inputs(study: Study, jobs: Sequence[Job]) -> None:
     for job in (*([study.teacher] if study.teacher else []), *jobs):
         if is_finished(job.config):
             continue
-        data, windows = Path(job.config.data.path), Path(str(job.config.eval.windows))
+        missing = missing_inputs(job.config)
         text = job.arm.repair.text if job.arm and job.arm.repair else None
-        there = {
-            f"data.path {data}": data.exists() or bin_path(data).exists(),
-            f"eval.windows {windows}": windows.exists(),
-            f"repair.text {text}": text is None or Path(text).exists(),
-        }
-        missing = ", ".join(name for name, found in there.items() if not found)
+        missing += [f"repair.text {text}"] if text is not None and not Path(text).exists() else []
         if missing:
             made_by = study.section.made_by
             raise DataError(
-                f"{study.section.name}: {job.name} reads what is not there: {missing}.",
+                f"{study.section.name}: {job.name} reads what is not there: {', '.join(missing)}.",
                 fix=f"Make it with '{made_by}', run in the project's source, or set these keys to data of yours."
                 if made_by
                 else "Make data with 'minherit data', and windows with 'minherit data windows'.",

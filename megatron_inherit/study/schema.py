@@ -10,10 +10,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, StringConstraints, model_validator
 
-from megatron_inherit.base.errors import ConfigError
+from megatron_inherit.base.errors import ConfigError, UsageError
 from megatron_inherit.config.load import apply_override, build_config, find_recipe, flatten, read_yaml, validate
 from megatron_inherit.config.schema import RunConfig
 from megatron_inherit.config.section import Count, Part, Positive, Real, Section, Text, listed
+from megatron_inherit.eval.repair import parse_repair
+from megatron_inherit.study.layers import require_words
 
 
 def _several(value: Any) -> Any:
@@ -320,6 +322,7 @@ def _settle(section: StudySection, folder: Path) -> Study:
 
 def _jobs(section: StudySection, folder: Path, base: dict[str, Any], teacher: str) -> Iterator[Job]:
     for arm in section.arms:
+        _require_understood(section.name, arm)
         changes = {key: value.replace("{teacher}", teacher) if isinstance(value, str) else value
                    for key, value in (section.set | arm.set).items()}  # fmt: skip
         if arm.steps is not None:
@@ -329,6 +332,16 @@ def _jobs(section: StudySection, folder: Path, base: dict[str, Any], teacher: st
             model = arm.model or {"path": str(path / "start"), "init": "weights", "residual": arm.residual}
             run = {"name": arm.name, "output": str(path), "seed": seed}
             yield Job(arm, seed, path, _config(base, run, model, changes, where=f"{section.name}: arm {arm.name}"))
+
+
+def _require_understood(study: str, arm: ArmSection) -> None:
+    try:
+        if arm.layers is not None:
+            require_words(arm.layers)
+        if arm.repair is not None:
+            parse_repair(arm.repair.methods)
+    except UsageError as error:
+        raise ConfigError(f"{study}: arm {arm.name}: {error.what}", got=error.got, expected=error.expected) from error
 
 
 def _config(

@@ -67,6 +67,13 @@ def test_bad_recipes_end_with_a_sentence_and_their_code(path, capsys, override, 
     assert "Traceback" not in error
 
 
+def test_a_growth_without_its_data_begins_nothing(path, tmp_path, capsys):
+    assert main(["grow", path]) == 4
+    error = capsys.readouterr().err
+    assert f"The growth reads what is not there: data.path {tmp_path / 'corpus' / 'corpus'}, eval.windows" in error
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_depth_that_the_pipeline_cannot_hold_is_refused_before_the_first_run(path, capsys):
     shape = "model.shape={num_layers: 4, hidden_size: 32, head_dim: 8, ffn_size: 64}"
     words = ["grow", path, shape, "parallel.pp=2", "--processes", "2", "--dry-run"]

@@ -1,7 +1,7 @@
 import pytest
 
 from megatron_inherit.base.errors import UsageError
-from megatron_inherit.study.layers import resolve
+from megatron_inherit.study.layers import require_words, resolve
 
 
 @pytest.mark.parametrize(
@@ -30,3 +30,16 @@ def test_words_for_blocks(text, depth, blocks):
 def test_words_that_ask_for_too_much(text):
     with pytest.raises(UsageError):
         resolve(text, "nowhere", 8)
+
+
+@pytest.mark.parametrize(
+    "text", ["first:13/26", "middle:4", "spaced:1/2", "auto:ppl:4", "auto:angular:13/26", "0-7,3", "all"]
+)
+def test_words_that_some_model_could_satisfy(text):
+    require_words(text)
+
+
+@pytest.mark.parametrize("text", ["first:x", "middle:0", "auto:magic:4", "auto:ppl:0", "auto:ppl", "first:3/0", "0,-1"])
+def test_words_that_no_model_could_satisfy(text):
+    with pytest.raises(UsageError):
+        require_words(text)

@@ -95,6 +95,9 @@ def test_what_is_written_into_the_folder_settles_to_the_same(tmp_path):
         ({"claims": [{"id": "C", "says": "x", "lower": "all", "higher": "nobody", "by": 1}]},
          "claim C: there is no arm"),
         ({"claims": [{"id": "C", "says": "x", "lower": "all", "higher": "random"}]}, "exactly one of by, within"),
+        ({"arms": [{"name": "random", "layers": "first:x"}]}, "toy: arm random: --layers 'first:x' is not understood"),
+        ({"arms": [{"name": "random", "layers": "auto:magic:2"}]}, "arm random: There is no measure 'magic'"),
+        ({"arms": [{"name": "random", "layers": "all", "repair": {"methods": "magic"}}]}, "unknown method 'magic'"),
         ({"name": "../up"}, "name"),
     ],
 )  # fmt: skip
