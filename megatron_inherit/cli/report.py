@@ -27,11 +27,13 @@ def report(
 ) -> None:
     """Write one self-contained HTML file and, beside it, a PNG of the curves and the table."""
     from megatron_inherit.eval.report import write_report
+    from megatron_inherit.eval.rerun import studies_in
 
+    studies = [path.stem for folder in paths for path in studies_in(folder)]
     page, picture = write_report(
         paths,
         out=out or paths[0] / "report.html",
-        title=title,
+        title=title or (f"Study {studies[0]}" if len(studies) == 1 else ""),
         price=price,
         analyses=analysis or (),
         evaluations=evaluation or (),

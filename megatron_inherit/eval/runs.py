@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -78,8 +79,9 @@ class Run:
         name = (self.recipe.get("model") or {}).get("path")
         if not name:
             return None
-        places = (Path(), self.path, *self.path.absolute().parents)
-        return next((place / name for place in places if (place / name).is_dir()), None)
+        places = [place / name for place in (Path(), self.path, *self.path.absolute().parents)]
+        moved = self.as_moved(name)
+        return next((place for place in (*places, *([moved] if moved else [])) if place.is_dir()), None)
 
     @cached_property
     def inheritance(self) -> Row:
@@ -106,7 +108,21 @@ class Run:
         if not scored and self.inheritance:
             return False
         own, parts = Path(scored or self.path).absolute().parts, Path(taken).parts
-        return any(own == parts[:end] or own[-end:] == parts[:end] for end in range(len(parts), 0, -1) if end > 1)
+        if any(own == parts[:end] or own[-end:] == parts[:end] for end in range(len(parts), 0, -1) if end > 1):
+            return True
+        moved = other.as_moved(taken)
+        return (
+            not scored
+            and moved is not None
+            and (moved == self.path.absolute() or self.path.absolute() in moved.parents)
+        )
+
+    def as_moved(self, path: str) -> Path | None:
+        """Gives where a path lies now that the run's folder, and what was beside it, may have been moved or copied."""
+        output = (self.recipe.get("run") or {}).get("output")
+        if not output or Path(output).is_absolute() != Path(path).is_absolute():
+            return None
+        return Path(os.path.normpath(self.path.absolute() / os.path.relpath(path, output)))
 
     @cached_property
     def window_losses(self) -> Row:

@@ -167,6 +167,7 @@ def test_a_study_is_run_again_as_a_whole(study, tmp_path, capsys):
     assert main(["report", str(study), "--out", str(out)]) == 0
     page = out.read_text()
     assert f"minherit study run {study}/mine.yaml --out {study}-again" in page
+    assert "<h1>Study mine</h1>" in page
     assert "notes.yaml" not in page
     assert "mine.yaml are left out" in capsys.readouterr().err
 
@@ -175,11 +176,13 @@ def test_what_a_study_found_stands_on_its_page(study, tmp_path):
     from megatron_inherit.eval.page_table import PageTable
     from megatron_inherit.eval.report import write_report
 
-    table = PageTable("Study <one>", "Which?", ("arm", "gap"), [("all", "-0.394"), ("random", "control")], "Paired.")
+    table = PageTable(
+        "Study <one>", "Which?", ("arm", "gap", ""), [("all", "-0.394", "why"), ("random", "", "")], "Paired."
+    )
     page, _ = write_report([study], out=tmp_path / "report.html", tables=[table])
     text = page.read_text()
     assert "<h2>Study &lt;one&gt;</h2>" in text
-    assert '<tr><th scope="row">all</th><td>-0.394</td></tr>' in text
+    assert '<tr><th scope="row">all</th><td>-0.394</td><td class="words">why</td></tr>' in text
     assert "Paired." in text
 
 

@@ -102,7 +102,7 @@ def test_killed_in_an_arm_and_resumed_it_gives_the_same_table(tmp_path, corpus, 
     assert main(["report", str(whole / "out")]) == 0
     page = (whole / "out/report.html").read_text()
     assert "<h2>Study toy</h2>" in page
-    assert "<td>the other way round</td>" in page, "the claims"
+    assert '<td class="words">the other way round</td>' in page, "the claims"
     assert value["missing"] == []
     assert value["lines"][0]["gap"]["mean"] < 0
     stamps = [path.stat().st_mtime_ns for path in (whole / "out").rglob("metrics.jsonl")]

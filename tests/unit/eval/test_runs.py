@@ -111,6 +111,26 @@ def test_the_scored_teacher_of_a_growth_is_its_teacher_and_no_round_is(tmp_path)
     assert arms == {"round-1": False, "round-2": False, "teacher": True}
 
 
+def test_a_study_that_was_moved_still_knows_its_starts_and_its_teacher(tmp_path):
+    old = tmp_path / "old"
+    write_run(old / "teacher", layers=8)
+    arm = write_run(old / "arms/all/seed1", model_path=str(old / "arms/all/seed1/start"))
+    (arm / "start").mkdir()
+    plan = {"ops": [{"op": "copy", "target": "embed.weight"}], "origin": {"path": f"{old}/teacher/checkpoints/step_1"}}
+    (arm / "start" / "inherit.json").write_text(json.dumps({"plan": plan}))
+    for run in (old / "teacher", arm):
+        recipe = yaml.safe_load((run / "run.yaml").read_text())
+        recipe["run"] = {**recipe.get("run", {}), "output": str(run)}
+        (run / "run.yaml").write_text(yaml.safe_dump(recipe))
+    old.rename(tmp_path / "new")
+    runs = {run.label: run for run in find_runs([tmp_path / "new"])}
+    assert runs["arms/all/seed1"].plan == plan
+    assert {arm.label: arm.is_teacher for arm in arms_of(list(runs.values()))} == {
+        "arms/all/seed1": False,
+        "teacher": True,
+    }
+
+
 def test_runs_of_two_folders_are_told_apart(tmp_path):
     for name in ("restart", "continue"):
         write_run(tmp_path / name / "round-1")
