@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,6 +42,7 @@ def make_cache(
         ConfigError: The recipe names no teacher, or more entries are asked for than there are tokens.
         DataError: The data has fewer samples, or the folder holds another cache.
     """
+    warnings.filterwarnings("ignore", module=r"megatron\.")
     from megatron_inherit.distill.teacher import target_predictor
     from megatron_inherit.model.build import DTYPES
     from megatron_inherit.train.inputs import open_run_loader

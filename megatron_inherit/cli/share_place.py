@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -108,6 +109,7 @@ def choose(source: Source, depth: int, rule: str, windows: numpy.ndarray | None)
 
 def measure(source: Source, placements: Iterable[Stages], windows: numpy.ndarray) -> dict[Stages, float]:
     """Gives the zero-shot loss of descendants of one depth, nats a token."""
+    warnings.filterwarnings("ignore", module=r"megatron\.")
     from megatron_inherit.sharing.probe import probe_placements
 
     return probe_placements(source, placements, windows)

@@ -12,6 +12,7 @@ from tests.support.sharing_engines import STEPS, Case, assert_alike, rows, run_c
 TAU = {"temperature": 2.0, "alpha": 0.7}
 DEEP = {"distributed_optimizer": True, "overlap_grad_reduce": True}
 MEAN = {"gradient": "mean"}
+CROSS = {"allow_cross_rank": True}
 
 
 def cases_in(folder):
@@ -26,8 +27,14 @@ def cases_in(folder):
         "pp2": Case(plan="4,4", options={"pp": 2}, save=str(folder / "state-pp2")),
         "tp2 pp2": Case(plan="4,4", options={"pp": 2, "tp": 2}),
         "tp2 sequence": Case(plan="4,4", options={"tp": 2, "sequence_parallel": True}),
-        "pp4 crossing": Case(plan="4,4", options={"pp": 4}, sharing={"allow_cross_rank": True}),
-        "pp4 crossing, sharded": Case(plan="4,4", options={"pp": 4} | DEEP, sharing={"allow_cross_rank": True}),
+        "pp4 crossing": Case(plan="4,4", options={"pp": 4}, sharing=CROSS),
+        "pp4 crossing, sharded": Case(plan="4,4", options={"pp": 4} | DEEP, sharing=CROSS),
+        "one stage": Case(plan="8"),
+        "tp2 pp2 crossing": Case(plan="8", options={"pp": 2, "tp": 2}, sharing=CROSS),
+        "tp2 pp2 crossing, sharded": Case(
+            plan="8", options={"pp": 2, "tp": 2, "sequence_parallel": True, "recompute": "full"} | DEEP, sharing=CROSS
+        ),
+        "cp2 pp2 crossing": Case(plan="8", options={"pp": 2, "cp": 2} | DEEP, sharing=CROSS),
         "pp2 recompute": Case(plan="4,4", options={"pp": 2, "recompute": "full"} | DEEP),
         "zero1": Case("deepspeed", plan="4,4", options={"zero_stage": 1}),
         "zero2 recompute": Case("deepspeed", plan="4,4", options={"zero_stage": 2, "recompute": "full"}),
@@ -41,24 +48,20 @@ def cases_in(folder):
         "pp2 vpp2": Case(plan="2,2,2,2", options={"pp": 2, "vpp": 2}),
         "four stages": Case(plan="2,2,2,2"),
         "mean": Case(plan="1,7", sharing=MEAN),
-        "mean, pp4 crossing": Case(plan="1,7", options={"pp": 4} | DEEP, sharing=MEAN | {"allow_cross_rank": True}),
+        "mean, pp4 crossing": Case(plan="1,7", options={"pp": 4} | DEEP, sharing=MEAN | CROSS),
         "mean, zero0": Case("deepspeed", plan="1,7", options={"zero_stage": 0}, sharing=MEAN),
         "mean, zero2": Case("deepspeed", plan="1,7", options={"zero_stage": 2, "recompute": "full"}, sharing=MEAN),
         "mean, zero3": Case("deepspeed", plan="1,7", options={"zero_stage": 3}, sharing=MEAN),
         "sum": Case(plan="1,7"),
         "bf16": Case(plan="4,4", options={"dtype": "bf16"}),
-        "bf16, pp4 crossing": Case(
-            plan="4,4", options={"pp": 4, "dtype": "bf16"} | DEEP, sharing={"allow_cross_rank": True}
-        ),
+        "bf16, pp4 crossing": Case(plan="4,4", options={"pp": 4, "dtype": "bf16"} | DEEP, sharing=CROSS),
         "bf16, zero2": Case("deepspeed", plan="4,4", options={"zero_stage": 2, "dtype": "bf16", "recompute": "full"}),
         "bf16, zero3": Case("deepspeed", plan="4,4", options={"zero_stage": 3, "dtype": "bf16"}),
-        "spoiled": Case(plan="4,4", options={"pp": 4}, sharing={"allow_cross_rank": True}, spoil=True),
+        "spoiled": Case(plan="4,4", options={"pp": 4}, sharing=CROSS, spoil=True),
         "refused": Case(plan="4,4", options={"pp": 4}),
         "uncovered": Case(plan="4,3"),
         "resumed": Case(plan="4,4", restore=str(folder / "state")),
-        "resumed, pp4": Case(
-            plan="4,4", options={"pp": 4}, sharing={"allow_cross_rank": True}, restore=str(folder / "state-pp2")
-        ),
+        "resumed, pp4": Case(plan="4,4", options={"pp": 4}, sharing=CROSS, restore=str(folder / "state-pp2")),
         "resumed, zero3": Case("deepspeed", plan="4,4", options={"zero_stage": 3}, restore=str(folder / "state-pp2")),
         "split": Case(plan="2,2,2,2", restore=str(folder / "state")),
         "taught": Case(plan="4,4", **taught),
@@ -121,6 +124,9 @@ def outcomes(tmp_path_factory):
         ("tp2 sequence", "one rank"),
         ("pp4 crossing", "one rank"),
         ("pp4 crossing, sharded", "one rank"),
+        ("tp2 pp2 crossing", "one stage"),
+        ("tp2 pp2 crossing, sharded", "one stage"),
+        ("cp2 pp2 crossing", "one stage"),
         ("pp2 recompute", "one rank"),
         ("zero1", "one rank"),
         ("zero2 recompute", "one rank"),

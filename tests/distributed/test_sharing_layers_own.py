@@ -31,6 +31,7 @@ REFUSED = [("factors", "tp2", "parallel.tp"), ("factors", "zero3", "zero_stage")
 UNTIED = {
     "dp4 sharded": ("megatron", SHARDED),
     "pp2": ("megatron", {"pp": 2}),
+    "pp4 crossing": ("megatron", {"pp": 4} | SHARDED),
     "tp2 sequence": ("megatron", {"tp": 2, "sequence_parallel": True}),
     "zero0": ("deepspeed", {"zero_stage": 0}),
     "zero2": ("deepspeed", {"zero_stage": 2}),
@@ -39,10 +40,13 @@ UNTIED = {
 }
 
 
+def crossing(name):
+    return {"allow_cross_rank": True} if "crossing" in name else {}
+
+
 def relaxed(what, name):
     engine, options = LAYOUTS[name]
-    crossing = {"allow_cross_rank": True} if "crossing" in name else {}
-    return Case(engine, plan="4,4", options=options, sharing=OWN[what] | crossing)
+    return Case(engine, plan="4,4", options=options, sharing=OWN[what] | crossing(name))
 
 
 REENTRANT = {
@@ -74,7 +78,9 @@ def cases_in(folder):
     cases |= {f"{what}, {name}": relaxed(what, name) for what, name in (*RELAXED, *(r[:2] for r in REFUSED))}
     for name, (engine, options) in UNTIED.items():
         state = str(folder / f"untied-{name}")
-        cases[f"untied, {name}"] = Case(engine, plan="4,4", options=options, untie="2,2,2,2", save=state)
+        cases[f"untied, {name}"] = Case(
+            engine, plan="4,4", options=options, sharing=crossing(name), untie="2,2,2,2", save=state
+        )
     for kind, names in PULLS.items():
         cases[kind] = pulled(kind, {})
         cases |= {f"{kind}, {name}": pulled(kind, LAYOUTS[name][1]) for name in names}
