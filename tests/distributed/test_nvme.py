@@ -4,10 +4,13 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 
+from megatron_inherit.engines.deepspeed import async_io
 from tests.support import forked_world, tiny_run
 from tests.support.tiny_run import curve, recipe, rows, saved_hashes
 
@@ -72,7 +75,7 @@ def test_a_disk_without_room_is_refused_before_the_first_step(tmp_path, corpus):
     def small():
         from megatron_inherit.engines.deepspeed import nvme
 
-        nvme._operation_problem = str
+        nvme.operation_problem = str
         shutil.disk_usage = lambda path: SimpleNamespace(free=10**9 if path != str(tmp_path) else 10_000_000)
 
     ended = train(tmp_path, corpus, f"deepspeed.nvme_path={tmp_path}", before=small, size=2)
@@ -89,7 +92,7 @@ def test_each_process_has_a_folder_of_its_own_and_removes_what_the_dead_left(tmp
         kept = nvme.OwnFolder(tmp_path)
         os._exit(9 if kept.path.is_dir() else 1)
 
-    monkeypatch.setattr(nvme, "_operation_problem", str)
+    monkeypatch.setattr(nvme, "operation_problem", str)
     assert forked_world.World(tmp_path / "logs", 1, die, {}).wait().codes == [9]
     assert list(tmp_path.glob("minherit.tmp-*"))
     first, second = (nvme.claim_folder(str(tmp_path), 1, lambda text: [text]) for _ in range(2))
@@ -106,6 +109,25 @@ def test_a_machine_without_the_operation_is_refused_before_the_first_step(tmp_pa
     assert "async_io operation needs libaio" in ended.text
     assert "apt-get install libaio-dev" in ended.text
     assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_a_build_that_a_killed_process_left_is_not_awaited_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(async_io, "SILENT_SECONDS", 0.5)
+    lock = tmp_path / "lock"
+    assert async_io.await_build(tmp_path) is None
+    lock.touch()
+    assert async_io.await_build(tmp_path) == lock
+
+    def build():
+        for number in range(20):
+            (tmp_path / f"{number}.o").touch()
+            time.sleep(0.05)
+        lock.unlink()
+
+    builder = threading.Thread(target=build)
+    builder.start()
+    assert async_io.await_build(tmp_path) is None, "a build that goes on may take longer than that"
+    builder.join()
 
 
 @pytest.mark.nightly

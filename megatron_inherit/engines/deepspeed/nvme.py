@@ -23,6 +23,7 @@ import torch
 from megatron_inherit.base.errors import ConfigError, DiskError, MinheritError
 from megatron_inherit.base.quantities import format_bytes
 from megatron_inherit.base.temporary import lock, sweep, temporary_beside
+from megatron_inherit.engines.deepspeed.async_io import operation_problem
 from megatron_inherit.engines.parts import MOMENTS
 
 ELEMENT_BYTES = 16
@@ -66,7 +67,7 @@ def claim_folder(disk: str, elements: int, gather_text: Callable[[str], list[str
         DiskError: There is no room for the state of the ranks that share the disk.
     """
     folder, problem = _make_folder(Path(disk))
-    problem = problem or _operation_problem()
+    problem = problem or operation_problem()
     mine = {"problem": problem, "bytes": ELEMENT_BYTES * elements, "host": socket.gethostname(), "device": 0, "free": 0}
     if not problem:
         mine |= {"device": os.stat(disk).st_dev, "free": shutil.disk_usage(disk).free}
@@ -115,24 +116,6 @@ def _make_folder(disk: Path) -> tuple[OwnFolder | None, str]:
 def _remove(path: Path, held: int) -> None:
     shutil.rmtree(path, ignore_errors=True)
     os.close(held)
-
-
-def _operation_problem() -> str:
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    fix = (
-        "Install libaio's headers (apt-get install libaio-dev), a C++ compiler and ninja, "
-        "or leave deepspeed.nvme_path out."
-    )
-    builder = AsyncIOBuilder()
-    if not builder.is_compatible(verbose=False):
-        return f"deepspeed.nvme_path: DeepSpeed's async_io operation needs libaio, which was not found.\n{fix}"
-    try:
-        builder.load(verbose=False)
-    except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
-        return f"deepspeed.nvme_path: DeepSpeed's async_io operation cannot be built: {reason}.\n{fix}"
-    return ""
 
 
 def stored_values(optimizer: Any, flat: torch.Tensor) -> dict[str, torch.Tensor] | None:
