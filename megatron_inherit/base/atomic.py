@@ -119,7 +119,12 @@ def put_in_place(temporary: Path, path: Path) -> None:
     if path.exists():
         retired = temporary_beside(path, aside=True)
         os.rename(path, retired)
-    os.rename(temporary, path)
+    try:
+        os.rename(temporary, path)
+    except OSError:
+        if retired is not None:
+            os.rename(retired, path)
+        raise
     fsync_path(path.parent)
     if retired is not None:
         shutil.rmtree(retired, ignore_errors=True)

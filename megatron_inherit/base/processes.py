@@ -9,7 +9,15 @@ from pathlib import Path
 
 
 def process_start(pid: int) -> str | None:
-    """Gives what tells a process from a later one of the same number; None if there is none, or only its remains."""
+    """Gives when a process started, which tells it from a later one of the same number.
+
+    Args:
+        pid: Its number.
+
+    Returns:
+        Clock ticks since the machine started, as text; ``unknown`` where there is no ``/proc``; None if no such process
+        runs, or it has ended and only waits for its parent to ask.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if fields[0] in "ZX" else fields[19]

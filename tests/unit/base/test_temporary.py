@@ -1,5 +1,6 @@
 """What is beside an output: whose it is, when it goes, and that no two processes write one output."""
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -90,6 +91,27 @@ def test_what_a_replacement_set_aside_comes_back_if_it_was_killed_between_its_re
     temporary_beside(out, aside=True).mkdir()
     sweep(out)
     assert (names(tmp_path), names(out)) == (["out"], ["manifest.json"])
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_without_an_exchange_of_names_the_old_content_goes_last(tmp_path, monkeypatch, fails):
+    out, rename = tmp_path / "out", os.rename
+    out.mkdir()
+    (out / "manifest.json").write_text("old")
+
+    def move(old, new):
+        if fails and new == out and not str(old).endswith("-old"):
+            raise OSError(errno.EIO, "no disk", str(new))
+        rename(old, new)
+
+    monkeypatch.setattr(atomic, "_exchange", lambda *_: False)
+    monkeypatch.setattr(os, "rename", move)
+    with (
+        pytest.raises(OSError, match="no disk") if fails else contextlib.nullcontext(),
+        atomic.new_folder(out, overwrite=True) as new,
+    ):
+        (new / "manifest.json").write_text("new")
+    assert (names(tmp_path), (out / "manifest.json").read_text()) == (["out"], "old" if fails else "new")
 
 
 def test_names_that_are_not_of_a_writer_are_left_alone(tmp_path):
