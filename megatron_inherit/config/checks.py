@@ -81,13 +81,13 @@ def check_schedule(config: RunConfig) -> None:
 
 
 def refuse_long_warmup(warmup_steps: int, steps: int) -> None:
-    """Raises ConfigError for a warm-up that a run does not come to the end of; asked again once a budget has steps."""
+    """Refuses a warm-up that is longer than the run; of a token budget the steps are known only before training."""
     if warmup_steps > steps:
         raise ConfigError("schedule.warmup_steps: longer than the run.", got=warmup_steps, expected=f"at most {steps}")
 
 
 def refuse_zero_with(stage: int, *, pp: int, dtype: str) -> None:
-    """Raises ConfigError for what DeepSpeed cannot combine with a ZeRO stage; engine options are asked here too."""
+    """Refuses what DeepSpeed cannot combine with a ZeRO stage, for recipes and for engine options alike."""
     if pp > 1:
         raise ConfigError(
             "parallel.pp: ZeRO-2/3 and pipelines exclude each other, and the deepspeed engine runs no pipeline."

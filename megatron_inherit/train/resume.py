@@ -83,7 +83,7 @@ def _continues(stages: Mapping[str, Any] | None, stored: Mapping[str, Any] | Non
     return stages is None or StagePlan.from_json(stages).refines(StagePlan.from_json(stored))
 
 
-def refuse_existing(folder: Path) -> None:
+def refuse_checkpoints(folder: Path) -> None:
     """Raises UsageError if checkpoints are there that a new start would mix with its own."""
     steps = list_steps(folder)
     if steps:

@@ -30,7 +30,7 @@ from megatron_inherit.train.metrics import MetricsLog, Speedometer, speedometer
 from megatron_inherit.train.pace import Pace
 from megatron_inherit.train.preflight import RunPlan, passes_wait
 from megatron_inherit.train.profiling import Profiler
-from megatron_inherit.train.resume import Identity, refuse_existing
+from megatron_inherit.train.resume import Identity, refuse_checkpoints
 from megatron_inherit.train.run_folder import (
     clear_exit_status,
     locked,
@@ -178,7 +178,7 @@ def _hold_folder(stack: contextlib.ExitStack, plan: RunPlan) -> None:
 def _prepare_folder(plan: RunPlan, resume: Resume) -> None:
     checkpoints = plan.output / "checkpoints"
     if resume == "never":
-        refuse_existing(checkpoints)
+        refuse_checkpoints(checkpoints)
     require_checkpoint_space(plan.output, plan.checkpoint_bytes)
     checkpoints.mkdir(exist_ok=True)
     remove_leftovers(checkpoints)

@@ -22,7 +22,7 @@ def adam_settings(groups: Any) -> tuple[float, ...]:
 
 
 def adam_of_config(config: Any) -> tuple[float, ...]:
-    """Gives them from a DeepSpeed configuration, or nothing."""
+    """Gives betas and epsilon of a DeepSpeed configuration; an empty tuple where it does not say them."""
     return _of_group(fields(fields(fields(config).get("optimizer")).get("params")))
 
 
