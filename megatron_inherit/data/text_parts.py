@@ -59,7 +59,8 @@ def sentencepiece_may_cut(model: Any) -> bool:
     trainer, normalizer = (_fields(cast("bytes", top.get(number, [b""])[-1])) for number in (_TRAINER, _NORMALIZER))
     pieces = model.id_to_piece(list(range(model.get_piece_size())))
     added = _user_defined(cast("list[bytes]", top[_PIECES]))
-    return _merges_characters(trainer, normalizer) and _keeps_words_apart(pieces, added)
+    apart = _keeps_words_apart(pieces) and not any(BLANK in one or " " in one for one in added)
+    return _merges_characters(trainer, normalizer) and apart
 
 
 def huggingface_may_cut(tokenizer: Any) -> bool:
@@ -67,29 +68,29 @@ def huggingface_may_cut(tokenizer: Any) -> bool:
     if tokenizer.pre_tokenizer is not None:
         return False
     told = json.loads(tokenizer.to_str())
-    model, added = told["model"], [one for one in told["added_tokens"] if not one["special"]]
+    model = told["model"]
     plain = model["type"] == "BPE" and not any(
         model.get(name) for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
     )
+    drops_unknown = model.get("unk_token") is None  # the neighbours of what is dropped may merge, blanks among them
     as_llama = told["normalizer"] == {"type": "Sequence", "normalizers": list(_LLAMA_NORMALIZERS)}
-    greedy = any(one[name] for one in added for name in ("lstrip", "rstrip", "single_word"))
-    return plain and as_llama and not greedy and _keeps_words_apart(model["vocab"], [one["content"] for one in added])
+    splits = any(not one["special"] for one in told["added_tokens"])  # a blank is put behind each that is found
+    return plain and as_llama and not drops_unknown and not splits and _keeps_words_apart(model["vocab"])
 
 
-def _keeps_words_apart(pieces: Collection[str], added: Iterable[str]) -> bool:
-    """Says that no piece and no added token holds a blank behind a character, and that the blank is known.
+def _keeps_words_apart(pieces: Collection[str]) -> bool:
+    """Says that no piece holds a blank behind a character, and that the blank is known.
 
     Neighbours that are not known would become one unknown, also across a blank.
     """
-    crossing = any(BLANK in piece.lstrip(BLANK) for piece in pieces) or any(BLANK in one or " " in one for one in added)
-    return BLANK in pieces and not crossing
+    return BLANK in pieces and not any(BLANK in piece.lstrip(BLANK) for piece in pieces)
 
 
 def _merges_characters(trainer: Fields, normalizer: Fields) -> bool:
-    """Says that the model is BPE over the characters as they are, with a blank put before the text."""
+    """Says that the model is BPE over the characters as they are, blanks marked, with one put before the text."""
     bpe, rules = _number(trainer, 3, 1) == _BPE, normalizer.get(2, [b""])[-1]
-    before, squeezed = (_number(normalizer, field, 1) for field in (3, 4))
-    return bpe and not rules and bool(before) and not squeezed
+    before, squeezed, marked = (_number(normalizer, field, 1) for field in (3, 4, 5))
+    return bpe and not rules and bool(before and marked) and not squeezed
 
 
 def _user_defined(pieces: Sequence[bytes]) -> list[str]:

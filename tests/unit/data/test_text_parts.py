@@ -50,6 +50,16 @@ def huggingface(folder: Path, *, by_word: bool = True, **changed: object) -> Pat
     return folder / "tokenizer.json"
 
 
+DROPPING = {
+    "added_tokens": [],
+    "model.unk_token": None,
+    "model.byte_fallback": False,
+    "model.vocab": {BLANK: 0, BLANK * 2: 1, "a": 2},
+    "model.merges": [[BLANK, BLANK]],
+}
+"""What it does not know it drops, so that blanks on both sides of it become neighbours and merge."""
+
+
 def added(content: str, **changed: bool) -> dict[str, object]:
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
     return {"id": 600, "content": content, **flags, **changed}
@@ -106,6 +116,8 @@ def test_a_long_text_is_cut() -> None:
         (huggingface, {"pre_tokenizer": {"type": "Whitespace"}}),
         (huggingface, {"added_tokens": [added("of the")]}),
         (huggingface, {"added_tokens": [added("the", rstrip=True)]}),
+        (huggingface, {"added_tokens": [added("the")]}),
+        (huggingface, DROPPING),
         (huggingface, {"model.ignore_merges": True}),
         (huggingface, {"model.end_of_word_suffix": "</w>"}),
     ],
@@ -124,14 +136,25 @@ def test_a_model_that_looks_across_blanks_is_not_given_parts(tmp_path: Path, mak
         (sentencepiece, {"split_by_whitespace": False, "vocab_size": 600}),
         (huggingface, {"by_word": False}),
         (huggingface, {"added_tokens": [added("the", rstrip=True)]}),
+        (huggingface, {"added_tokens": [added("the")]}),
+        (huggingface, DROPPING),
     ],
-    ids=["sentencepiece", "huggingface", "rstrip"],
+    ids=["sentencepiece", "huggingface", "rstrip", "blank behind an added token", "dropped"],
 )
 def test_what_the_whole_text_has_across_blanks_would_be_lost(tmp_path: Path, make: Any, changed: Any) -> None:
     tokenizer: Any = open_tokenizer(make(tmp_path, **changed))
-    texts = [*make_texts(20, seed=3), "of the the the"]
+    texts = [*make_texts(20, seed=3), "of the the the", "a ё a"]
     tokenizer.__dict__["_may_cut"] = True
     assert tokenizer.encode_batch(texts) != whole(tokenizer, texts)
+
+
+def test_a_model_that_does_not_mark_blanks_is_not_given_parts(tmp_path: Path) -> None:
+    file = sentencepiece(tmp_path)
+    unmarked = b"\x1a\x02\x28\x00"  # normalizer_spec { escape_whitespaces: false }, merged into what is there
+    file.write_bytes(file.read_bytes() + unmarked)
+    tokenizer: Any = open_tokenizer(file)
+    assert tokenizer._model.encode("a b", out_type=str) == ["<0x20>", "a", "<0x20>", "b"]
+    assert not tokenizer._may_cut
 
 
 def test_a_model_that_does_not_know_the_blank_is_not_given_parts(tmp_path: Path) -> None:
