@@ -3,7 +3,8 @@
     python benchmarks/data.py tokenize --text FOLDER --tokenizer PATH ...   # FOLDER: what `minherit data ingest` wrote
 
 ``call``: after imports, from the text shards on disk to finished, durable ``.bin/.idx`` files; theirs from a list in
-memory to ids. ``process``: from fork to exit, with all that each has to import; ours is the command. CPU seconds count
+memory to ids; ``datasets.map`` opens the tokenizer in each of its processes. ``process``: from fork to exit, with all
+that each has to import; ours is the command, theirs reads the texts from the same shards first. CPU seconds count
 workers too.
 """
 

@@ -230,8 +230,10 @@ def order(
         boundary=_boundary(boundary),
         split=split,
     )
-    loader = open_loader(options)
     stop = int(last) if last else int(first) + 1
+    if stop <= int(first):
+        raise UsageError(f"--steps {steps} holds no step.", expected="FIRST:LAST, LAST being the larger")
+    loader = open_loader(options)
     for row in steps_of_order(loader, range(int(first), stop), global_batch=global_batch, world=world):
         if as_json:
             typer.echo(json.dumps(row.model_dump()))

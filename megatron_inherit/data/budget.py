@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_inherit.base.atomic import require_space
-from megatron_inherit.base.errors import DataError
+from megatron_inherit.base.errors import DataError, UsageError
 from megatron_inherit.base.log import get_logger
 from megatron_inherit.data.corpus import Corpus, open_corpus
 from megatron_inherit.data.job_folder import whole_folder
@@ -61,8 +61,9 @@ def make_subset(
     Raises:
         DataError: Sources are damaged or do not fit each other, or a domain has too few tokens and ``on_short`` is
             ``error``.
-        UsageError: ``out`` exists, or another job is writing there.
+        UsageError: ``out`` exists, another job is writing there, or the options leave nothing to train on.
     """
+    _refuse_nothing(options)
     out = Path(out)
     corpus = open_corpus(sources)
     available = corpus.tokens_of_domains()
@@ -82,6 +83,14 @@ def make_subset(
         )
         manifest.save(folder / MANIFEST)
     return manifest
+
+
+def _refuse_nothing(options: SubsetOptions) -> None:
+    if options.tokens is not None and options.tokens < 1:
+        raise UsageError("A subset has at least one token.", got=f"a budget of {options.tokens}")
+    held_out = options.valid_share + options.test_share
+    if held_out >= 1:
+        raise UsageError(f"The shares held out leave nothing to train on: {held_out:g}.", expected="a sum below 1")
 
 
 def _unique_budgets(

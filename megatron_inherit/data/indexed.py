@@ -72,7 +72,7 @@ class IndexedFile:
         self.prefix = strip_suffix(path)
         self.bin, self.idx = bin_path(self.prefix), idx_path(self.prefix)
         if self.prefix.is_dir() and not self.idx.is_file():
-            fix = "Let the job that writes it finish, or give the common prefix of a .bin and an .idx file."
+            fix = "Let the job that writes it finish, run it again if it was killed, or give a prefix of .bin and .idx."
             raise DataError(f"{self.prefix} is a folder without a manifest.", fix=fix)
         for file in (self.idx, self.bin):
             if not file.is_file():

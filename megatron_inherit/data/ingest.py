@@ -21,6 +21,7 @@ from megatron_inherit.data.job_folder import job_folder
 from megatron_inherit.data.jobs import Progress, Report, report, run_tasks
 from megatron_inherit.data.layouts import get_layout
 from megatron_inherit.data.manifests import MANIFEST, ManifestModel
+from megatron_inherit.data.opening import are_untouched
 from megatron_inherit.data.records import ReadOptions, Reject, read_documents
 from megatron_inherit.data.sources import SourceFile, find_sources
 from megatron_inherit.data.text_shards import Compression, TextShard, TextShardWriter
@@ -101,6 +102,8 @@ def ingest(
 ) -> DocumentsManifest:
     """Reads sources into a folder of text shards; a finished folder of the same sources is left as it is.
 
+    Shards that are missing or damaged are made again.
+
     Args:
         sources: See :func:`megatron_inherit.data.sources.find_sources`.
         out: The folder; an unfinished one is taken up again.
@@ -119,11 +122,12 @@ def ingest(
     options = options.model_copy(update={"shard_bytes": options.shard_bytes or _shard_bytes(files)})
     plan = IngestPlan(options=options, tasks=tuple(_group(files, options.shard_bytes)))
     with job_folder(out, plan):
-        if (out / MANIFEST).is_file():
+        tasks = [_Task(number, group, options, out) for number, group in enumerate(plan.tasks)]
+        found = {task: record for task in tasks if (record := _record_of(task))}
+        if len(found) == len(tasks) and (out / MANIFEST).is_file():
             _log.info("%s is finished already", out)
             return DocumentsManifest.load(out / MANIFEST)
-        tasks = [_Task(number, group, options, out) for number, group in enumerate(plan.tasks)]
-        found = {task: TaskRecord.load(_record_path(task)) for task in tasks if _record_path(task).is_file()}
+        (out / MANIFEST).unlink(missing_ok=True)
         finished = list(found.values())
         _check_rejects(finished, options, out)
         missing = [task for task in tasks if task not in found]
@@ -157,6 +161,16 @@ def _group(files: list[SourceFile], target: int) -> Iterator[tuple[SourceFile, .
 
 def _record_path(task: _Task) -> Path:
     return task.folder / "tasks" / f"{task.number:06d}.json"
+
+
+def _record_of(task: _Task) -> TaskRecord | None:
+    """Reads the record of a task; None if it was not finished, or its shards are not what the record says."""
+    path = _record_path(task)
+    if not path.is_file():
+        return None
+    record = TaskRecord.load(path)
+    files = {task.folder / shard.name: shard.file for shard in record.shards}
+    return record if are_untouched(task.folder, files) else None
 
 
 def _run(task: _Task) -> TaskRecord:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,15 @@ from megatron_inherit.base.errors import DataError
 from megatron_inherit.data.corpus import open_corpus
 from megatron_inherit.data.ingest import DocumentsManifest, open_documents
 from megatron_inherit.data.loader import LoaderOptions, open_loader
-from megatron_inherit.data.manifests import MANIFEST, ManifestModel, SubsetManifest, TokenizerRecord, kind_of
+from megatron_inherit.data.manifests import (
+    MANIFEST,
+    DomainRecord,
+    ManifestModel,
+    ShardRecord,
+    SubsetManifest,
+    TokenizerRecord,
+    kind_of,
+)
 from megatron_inherit.data.opening import open_stream
 from megatron_inherit.data.packing import Boundary
 from megatron_inherit.data.tokenizer import Tokenizer, open_tokenizer
@@ -42,7 +50,7 @@ class Summary(ManifestModel):
         domains: Counts by domain.
         histogram: Documents by length in tokens, ``[2^k, 2^(k+1))`` under k.
         duplicates: Documents whose text another one has, None where it was not counted.
-        bytes_per_token: UTF-8 bytes of text a token.
+        bytes_per_token: UTF-8 bytes of text a token; of a subset by the averages of its domains.
         tokenizer: What made the ids.
     """
 
@@ -144,9 +152,6 @@ def _subset(path: Path, manifest: SubsetManifest, split: str) -> Summary:
         before = stream.spans.ends[begin - 1] if begin else 0
         lengths += _length_bins(np.diff(ends, prepend=before))
     total = stream.spans.num_tokens
-    text = [shard.text_bytes for shard in manifest.shards]
-    tokens = sum(shard.tokens for shard in manifest.shards)
-    known = sum(size for size in text if size is not None)
     domains = tuple(
         DomainSummary(
             name=domain.name,
@@ -165,9 +170,21 @@ def _subset(path: Path, manifest: SubsetManifest, split: str) -> Summary:
         domains=domains,
         histogram=_named_bins(lengths),
         duplicates=sum(manifest.duplicates.values()),
-        bytes_per_token=None if None in text or not tokens else known / tokens,
+        bytes_per_token=_mean_bytes(manifest.shards, stream.domains),
         tokenizer=manifest.tokenizer,
     )
+
+
+def _mean_bytes(shards: Sequence[ShardRecord], domains: Sequence[DomainRecord]) -> float | None:
+    """Weighs the bytes a token of each domain with its tokens in a split, whose own bytes no file tells."""
+    total = 0.0
+    for domain in (one for one in domains if one.stop > one.start):
+        sources = [shard for shard in shards if shard.domain == domain.name]
+        sizes = [shard.text_bytes for shard in sources if shard.text_bytes is not None]
+        if len(sizes) < len(sources):
+            return None
+        total += (domain.stop - domain.start) * sum(sizes) / sum(shard.tokens for shard in sources)
+    return total / max(1, sum(domain.stop - domain.start for domain in domains)) or None
 
 
 def _length_bins(tokens: np.ndarray) -> np.ndarray:

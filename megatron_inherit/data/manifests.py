@@ -161,7 +161,7 @@ class SubsetOptions(ManifestModel):
         split_seed: Of what is held out; leave it, so that all subsets of a corpus hold out the same documents.
     """
 
-    tokens: int | None = Field(default=None, gt=0)
+    tokens: int | None = None
     seed: int = 0
     weights: str = "natural"
     epochs: dict[str, float] = {}

@@ -15,6 +15,7 @@ import xxhash
 
 from megatron_inherit.base.atomic import write_json
 from megatron_inherit.base.errors import DataError
+from megatron_inherit.base.log import get_logger
 from megatron_inherit.data.indexed import IndexedFile, bin_path, first_token_beyond, idx_path, strip_suffix
 from megatron_inherit.data.integrity import check_hashes, check_size
 from megatron_inherit.data.manifests import (
@@ -32,6 +33,7 @@ from megatron_inherit.data.spans import ShardFile, Source, Spans
 Verify = Literal["quick", "full", "none"]
 _STAMPS = ".verified.json"
 _SAMPLES, _SAMPLE = 64, 1 << 15
+_log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -216,6 +218,16 @@ def check_files(folder: Path, files: dict[Path, FileRecord], verify: Verify) -> 
     if fresh:
         with contextlib.suppress(Exception):
             write_json(folder / _STAMPS, stamps | fresh)
+
+
+def are_untouched(folder: Path, files: dict[Path, FileRecord]) -> bool:
+    """Tells whether the files that a job made are still what it wrote; warns of the first that is not."""
+    try:
+        check_files(folder, files, "quick")
+    except DataError as error:
+        _log.warning("%s It is made again.", error.what)
+        return False
+    return True
 
 
 def _read_stamps(folder: Path) -> dict[str, int]:

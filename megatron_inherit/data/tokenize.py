@@ -32,7 +32,7 @@ from megatron_inherit.data.manifests import (
     TokenizerRecord,
     TokensManifest,
 )
-from megatron_inherit.data.opening import check_files
+from megatron_inherit.data.opening import are_untouched, check_files
 from megatron_inherit.data.text_shards import TextShard, read_batches
 from megatron_inherit.data.tokenizer import Tokenizer, open_tokenizer
 
@@ -89,7 +89,8 @@ def tokenize(
 
     Args:
         source: The folder.
-        out: Folder of the tokens; an unfinished one is taken up again, a finished one left as it is.
+        out: Folder of the tokens; an unfinished one is taken up again, a finished one left as it is, but for
+            shards whose files are missing or damaged: those are made again.
         options: How.
         workers: Processes.
         on_progress: Gets what is done.
@@ -101,11 +102,12 @@ def tokenize(
     documents = open_documents(source)
     record = describe(open_tokenizer(options.tokenizer, eos=options.eos, bos=options.bos), options)
     with job_folder(out, TokenizePlan(source=_fingerprint(documents), tokenizer=record)):
-        if (out / MANIFEST).is_file():
+        tasks = [_Task(shard, source, out, options, record.fingerprint) for shard in documents.shards]
+        missing = [task for task in tasks if not _is_done(task)]
+        if not missing and (out / MANIFEST).is_file():
             _log.info("%s is finished already", out)
             return TokensManifest.load(out / MANIFEST)
-        tasks = [_Task(shard, source, out, options, record.fingerprint) for shard in documents.shards]
-        missing = [task for task in tasks if not _record_path(task).is_file()]
+        (out / MANIFEST).unlink(missing_ok=True)
         if len(missing) < len(tasks):
             _log.info("%d of %d shards are tokenized already", len(tasks) - len(missing), len(tasks))
         missing.sort(key=lambda task: -task.shard.text_bytes)
@@ -155,6 +157,15 @@ def _name(task: _Task) -> str:
 
 def _record_path(task: _Task) -> Path:
     return task.out / f"{_name(task)}.json"
+
+
+def _is_done(task: _Task) -> bool:
+    """Tells whether a shard has its record, and its files are what that says."""
+    path = _record_path(task)
+    if not path.is_file():
+        return False
+    files = ShardRecord.load(path).files
+    return are_untouched(task.out, {path.with_suffix(f".{suffix}"): file for suffix, file in files.items()})
 
 
 def _run(task: _Task) -> None:

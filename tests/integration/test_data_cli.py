@@ -57,6 +57,17 @@ def test_commands_lead_from_text_to_samples(made: Path, capsys: pytest.CaptureFi
             assert summary["duplicates"] == 0
 
 
+def test_bytes_a_token_are_those_of_the_domains_that_were_drawn(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokens, subset = str(made / "tokens"), str(made / "one domain")
+    draw = ["--tokens", "1k", "--weights", "c4=1,arxiv=0", "--valid", "0", "--test", "0"]
+    assert main(["data", "subset", tokens, "-o", subset, *draw, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)["bytes_per_token"]
+    shards = TokensManifest.load(made / "tokens" / "manifest.json").shards
+    of = {name: [shard for shard in shards if shard.domain == name] for name in ("c4", "arxiv")}
+    means = {name: sum(one.text_bytes for one in part) / sum(one.tokens for one in part) for name, part in of.items()}
+    assert shown == pytest.approx(means["c4"]) != pytest.approx(means["arxiv"])
+
+
 @pytest.mark.parametrize("boundary", ["reset", "none"])
 def test_samples_are_shown_as_the_model_sees_them(
     made: Path, capsys: pytest.CaptureFixture[str], boundary: str
@@ -100,6 +111,8 @@ def test_order_prints_what_the_loader_reads(made: Path, capsys: pytest.CaptureFi
         (["tokenize", "{}/text", "{}/x", "-t", "bytes", "--backend", "fast"], 2, "--backend fast"),
         (["subset", "{}/tokens", "-o", "{}/x", "--tokens", "1B"], 4, "too small for the budget"),
         (["subset", "{}/tokens", "-o", "{}/x", "--tokens", "many"], 2, "not a quantity"),
+        (["subset", "{}/tokens", "-o", "{}/x", "--tokens", "0"], 2, "at least one token"),
+        (["subset", "{}/tokens", "-o", "{}/x", "--valid", ".5", "--test", ".5"], 2, "nothing to train on"),
         (["subset", "{}/tokens", "-o", "{}/subset"], 2, "exists already"),
         (["subset", "{}/tokens", "-o", "{}/tokens", "--overwrite"], 2, "something else than a subset"),
         (["subset", "{}/tokens", "-o", "{}/in/c4_sample.jsonl", "--overwrite"], 2, "something else than a subset"),
@@ -111,6 +124,7 @@ def test_order_prints_what_the_loader_reads(made: Path, capsys: pytest.CaptureFi
         (["tokenize", "{}/text", "{}/text", "-t", "bytes"], 4, "begun by a job of another kind"),
         (["inspect", "{}/subset", "--split", "dev"], 4, "no split 'dev'"),
         (["order", "{}/subset", "--steps", "x"], 2, "--steps x"),
+        (["order", "{}/subset", "--steps", "5:2"], 2, "holds no step"),
         (["order", "{}/text", "--split", "all"], 4, "describes documents, not tokens"),
     ],
 )

@@ -310,6 +310,21 @@ def test_a_finished_folder_is_left_and_another_plan_refused(tmp_path: Path) -> N
         ingest([str(source)], tmp_path / "other")
 
 
+def test_the_same_call_makes_a_damaged_shard_again(tmp_path: Path) -> None:
+    for number in range(3):
+        write_jsonl(tmp_path / "in" / f"{number}.jsonl", make_texts(20, seed=number))
+    source, out, options = [str(tmp_path / "in")], tmp_path / "out", IngestOptions(shard_bytes=500)
+    manifest = ingest(source, out, options)
+    before = read_back(out, manifest)
+    times = {shard.name: (out / shard.name).stat().st_mtime_ns for shard in manifest.shards}
+    (out / manifest.shards[0].name).unlink()
+    (out / manifest.shards[-1].name).write_bytes(b"{}")
+    again = ingest(source, out, options)
+    assert read_back(out, again) == before
+    redone = {name for name, time in times.items() if (out / name).stat().st_mtime_ns != time}
+    assert {manifest.shards[0].name, manifest.shards[-1].name} <= redone < set(times)
+
+
 def test_a_source_that_changes_while_it_is_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_inherit.data import ingest as module
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,30 @@ def test_only_shards_without_a_record_are_done_again(tmp_path: Path, text: Path)
     redone = {n for n, t in times.items() if (tmp_path / "out" / f"{n}.bin").stat().st_mtime_ns != t}
     assert redone == {lost}
     assert [shard.tokens for shard in again.shards] == [shard.tokens for shard in made.shards]
+
+
+@pytest.mark.parametrize("change", ["cut .bin", "flip .bin", "gone .idx", "flip .docs"])
+def test_the_same_call_makes_a_damaged_shard_again(
+    tmp_path: Path, text: Path, change: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("megatron_inherit"), "propagate", True)
+    options, out = TokenizeOptions(tokenizer="bytes"), tmp_path / "out"
+    made = tokenize(text, out, options)
+    before = contents(out)
+    kept = {path: path.stat().st_mtime_ns for path in out.rglob("*") if made.shards[0].name in str(path)}
+    how, suffix = change.split()
+    file = out / f"{made.shards[1].name}{suffix}"
+    data = file.read_bytes()
+    if how == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(data[:-3] if how == "cut" else bytes([data[0] ^ 1]) + data[1:])
+    tokenize(text, out, options)
+    assert f"{file}" in caplog.text
+    assert "It is made again" in caplog.text
+    assert contents(out) == before
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}
+    open_loader(LoaderOptions(str(out), 16, split="all", verify="full"))
 
 
 def test_a_changed_text_shard_is_refused_with_its_place(tmp_path: Path, text: Path) -> None:
