@@ -9,6 +9,8 @@ from megatron_inherit.plan.execute import execute
 from tests.support.engine_world import GLOBAL_BATCH, MODELS, SEQUENCE, VOCAB, run_world
 from tests.support.sharing_engines import STEPS, Case, assert_alike, rows, run_cases
 
+pytestmark = pytest.mark.timeout(1200)  # one world runs all cases before the first test
+
 TAU = {"temperature": 2.0, "alpha": 0.7}
 DEEP = {"distributed_optimizer": True, "overlap_grad_reduce": True}
 MEAN = {"gradient": "mean"}
@@ -112,7 +114,7 @@ def outcomes(tmp_path_factory):
     execute(plan_fresh(MODELS["llama"].with_layers(4), seed=5, std=0.2), folder / "shallow")
     for method in ("top", "draw"):
         write_targets(folder / method, method)
-    return run_world(4, run_cases, cases_in(folder), timeout_s=580)[0]
+    return run_world(4, run_cases, cases_in(folder), timeout_s=1100)[0]
 
 
 @pytest.mark.slow
