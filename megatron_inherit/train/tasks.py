@@ -85,9 +85,10 @@ def open_tasks(plan: RunPlan, side_files: Sequence[SideFile]) -> TaskScorer | No
         return None
     from megatron_inherit.base.optional import require
     from megatron_inherit.checkpoint.files import file_pool
-    from megatron_inherit.eval.harness.run import plan_tasks, require_data
+    from megatron_inherit.eval.harness.run import plan_tasks, quiet, require_data
     from megatron_inherit.eval.hf_folder import load_tokenizer
 
+    quiet()
     require("lm_eval", "eval.tasks")
     data_dir = None if section.data_dir is None else Path(section.data_dir)
     names, suite = plan_tasks(section.names, section.suite, data_dir)

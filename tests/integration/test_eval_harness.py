@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -258,6 +261,18 @@ def test_groups_are_a_row_over_all_their_items_and_tags_name_their_tasks(folder,
     both = run.evaluate(model, ["toys"])
     assert [(row.task, row.items, row.shots) for row in both] == [("toy_a", 4, 0), ("toy_b", 8, 0)]
     run.require_data(["toy"])
+
+
+@pytest.mark.slow
+def test_names_are_looked_up_without_the_network():
+    program = """
+from megatron_inherit.eval.harness.run import plan_tasks
+plan_tasks(["piqa"], None, None)
+import huggingface_hub.constants as hub
+assert hub.HF_HUB_OFFLINE, "read when it is imported, with lm-eval"
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
 
 
 @pytest.mark.slow

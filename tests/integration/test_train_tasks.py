@@ -111,6 +111,7 @@ def test_scoring_and_a_broken_logger_change_nothing_in_the_training(tmp_path, pl
         ("eval.tasks={suite: inheritun}", 2, "There is no suite"),
         ("eval.tasks.data_dir=nowhere", 4, "nowhere is not a folder"),
         ("eval.tasks.names=[boolq]", 4, "Files of 1 of 1 tasks are missing"),
+        ("eval.tasks={names: [wnli]}", 4, "lm-eval cannot get at the data of its tasks"),
         ("eval.tasks.nmaes=[piqa]", 3, "Nearest: eval.tasks.names"),
     ],
 )

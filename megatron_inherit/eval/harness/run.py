@@ -147,6 +147,7 @@ def _by_shots(
 @functools.cache
 def _manager(*, local: bool) -> Any:
     """Gives lm-eval's list of tasks, which takes seconds to read; an empty one for tasks of local files."""
+    quiet()
     return require("lm_eval.tasks", "'minherit evaluate'").TaskManager(include_defaults=not local)
 
 
@@ -177,10 +178,12 @@ def _data_named() -> Iterator[None]:
 
 
 def quiet() -> None:
-    """Keeps lm-eval's notes about its own configuration, and its bars where nobody watches, off the screen.
+    """Keeps lm-eval off the network, and its notes about itself, and bars where nobody watches, off the screen.
 
-    Its bootstrap stays in this process: a training's children would inherit its handling of signals and never end.
+    To be called before lm-eval is imported. Its bootstrap stays in this process: a training's children would inherit
+    its handling of signals and never end.
     """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     if not sys.stderr.isatty():
         os.environ["TQDM_DISABLE"] = "1"  # tqdm reads it when it is imported
@@ -286,7 +289,6 @@ def hf_model(folder: Path, *, device: str, dtype: str, batch_size: int | str = "
         batch_size: Windows of full length in a batch; ``auto`` starts large on a GPU and halves when it does not fit,
             and takes what the free memory holds on a CPU.
     """
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     quiet()
     require("lm_eval", "'minherit evaluate'")
     from megatron_inherit.eval.harness.lm import LARGEST_BATCH, LogitsModel, hf_logits, window_of
