@@ -64,10 +64,8 @@ def run_transfer(
     refuse_existing(folder, overwrite=overwrite, source=source.path if source else None)
     if not (as_json or quiet):
         typer.echo("\n".join(_summary(plan, output, source)))
-    texts = {"environment.json": json.dumps(collect_environment(), indent=2) + "\n"}
     note = read_provenance(source)[0] if source else ""
-    if plan.layout.format == "hf":
-        texts["README.md"] = model_card(plan, command=command_line(), note=note)
+    texts = _texts(plan, note)
     details = {"command": command_line(), "note": note, **(record or {})}
     if zero_copy and source is not None:
         done = execute_linked(plan, folder, source=source, overwrite=overwrite, texts=texts, record=details)
@@ -89,6 +87,14 @@ def run_transfer(
     size = done.bytes_written if output.linked else output.written
     last = f"{done.folder}: {format_bytes(size)} in {format_seconds(done.seconds)}"
     typer.echo(_json(_facts(plan, output, source) | _outcome(done)) if as_json else last)
+
+
+def _texts(plan: TransferPlan, note: str) -> dict[str, str]:
+    """Writes what stands beside the weights; only Hugging Face folders have a model card."""
+    texts = {"environment.json": json.dumps(collect_environment(), indent=2) + "\n"}
+    if plan.layout.format == "hf":
+        texts["README.md"] = model_card(plan, command=command_line(), note=note)
+    return texts
 
 
 @dataclass(frozen=True)
