@@ -59,14 +59,14 @@ def _block_digests(path: Path) -> Iterator[str]:
 def check_size(path: Path, size: int) -> None:
     """Raises DataError unless the file has the size it was written with."""
     if not path.is_file():
-        raise DataError(f"{path} is missing.", fix="Restore the file or build it again.")
+        raise DataError(f"{path} is missing.", fix="Restore the file, or build it again by the command that wrote it.")
     got = path.stat().st_size
     if got != size:
         raise DataError(
             f"{path} ends at offset {got}.",
             got=f"{got} bytes",
             expected=f"{size} bytes",
-            fix="The file is truncated or was replaced; copy it again or build it again.",
+            fix="The file is truncated or was replaced; copy it again, or build it again by the command that wrote it.",
         )
 
 
@@ -79,5 +79,5 @@ def check_hashes(path: Path, digests: list[str]) -> None:
                 f"{path} was changed since it was written: the 64 MiB at offset {offset} have another hash.",
                 got=digest,
                 expected=digests[number] if number < len(digests) else "the end of the file",
-                fix="Restore the file or build it again.",
+                fix="Restore the file, or build it again by the command that wrote it.",
             )
