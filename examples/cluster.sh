@@ -38,7 +38,12 @@ train_on_cluster() { # OVERRIDES...: trains $RECIPE into $WORK/run as $LAUNCH sa
     torchrun)
       run torchrun --standalone --nproc-per-node "$GPUS_PER_NODE" -m megatron_inherit train "$RECIPE" "$@" "run.output=$WORK/run"
       ;;
-    done) ;;
+    done)
+      $dry_run || grep -qs '"exit_code": 0\b' "$WORK/run/exit_status.json" || {
+        echo "$0: $WORK/run/exit_status.json does not say 0: the run goes on, waits in the queue or failed." >&2
+        exit 1
+      }
+      ;;
     *) echo "$0: LAUNCH is slurm, torchrun or done." >&2; exit 2 ;;
   esac
 }

@@ -63,6 +63,8 @@ class SlurmJob:
             raise UsageError(f"--container {self.container} needs an image.", fix="Pass --image.")
         if min(self.nodes, self.gpus_per_node, self.cpus_per_gpu) < 1:
             raise UsageError("Nodes, GPUs and CPUs must be at least 1.")
+        if any(word.startswith("run.output=") for word in self.overrides):
+            raise UsageError("run.output: the script sets it to the job's own folder.", fix="Pass --output instead.")
         site = (self.name, self.partition, self.account, self.qos, self.constraint, self.time, self.output, self.python)
         for value in (*site, self.image, *self.mounts):
             if not _PLAIN.fullmatch(value):

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_inherit.train.run_folder import write_exit_status
+
 ROOT = Path(__file__).resolve().parents[2]
 INHERITUNE = ("inheritune_llama2_7b_50B.sh", "inheritune_openllama3b_1B.sh")
 SWS = "sws_llama2_7b.sh"
@@ -24,6 +26,17 @@ def run_example(name, *options, **environ):
         **environ,
     }
     return subprocess.run(["bash", f"examples/{name}", *options], cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(("told", "code"), [(0, 0), (75, 1), (6, 1), (None, 1)])
+def test_only_a_run_that_is_done_is_taken_for_done(tmp_path, told, code):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    if told is not None:
+        write_exit_status(folder, code=told, reason="some end")
+    words = "source examples/cluster.sh; train_on_cluster"
+    env = os.environ | {"WORK": str(tmp_path), "LAUNCH": "done"}
+    assert subprocess.run(["bash", "-euc", words], cwd=ROOT, env=env, capture_output=True).returncode == code
 
 
 @pytest.mark.parametrize(

@@ -99,11 +99,21 @@ def test_requeues_are_bounded(site):
     assert site.requeues() == []
 
 
+def test_a_requeue_that_slurm_refuses_is_no_success(site):
+    (site.bin / "scontrol").write_text('#!/bin/sh\n[ "$1" = show ] && echo node-a\n')
+    assert site.start("75").wait(20) == 75
+
+
 def test_the_run_gets_recipe_overrides_and_output(site):
     assert site.start("0", overrides=("train.steps=3",)).wait(20) == 0
     assert (
         site.calls / "argv"
     ).read_text() == f"-m megatron_inherit train tiny train.steps=3 run.output={site.output}\n"
+
+
+def test_a_folder_that_the_script_would_not_take_is_refused():
+    with pytest.raises(UsageError, match="Pass --output"):
+        SlurmJob(recipe="tiny", output="/o", overrides=("run.output=/elsewhere",))
 
 
 @pytest.mark.parametrize("container", ["none", "pyxis", "apptainer"])
