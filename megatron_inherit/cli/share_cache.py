@@ -11,6 +11,7 @@ from megatron_inherit.base.errors import ConfigError
 from megatron_inherit.distill.cache import Manifest, Method, cache_key, write_cache
 
 if TYPE_CHECKING:
+    from megatron_inherit.checkpoint.stream import Source
     from megatron_inherit.config.schema import RunConfig
 
 
@@ -51,13 +52,7 @@ def make_cache(
 
     alone = config.model_copy(update={"parallel": type(config.parallel)()})  # who trains with it does not matter
     plan = plan_run(alone, world_size=1)
-    teacher = teacher_of(alone, plan.model)
-    if teacher is None:
-        raise ConfigError("The recipe names no teacher.", fix="Set distill.teacher.")
-    if entries > teacher.config.vocab_size:
-        raise ConfigError(
-            "--entries: more than the teacher has tokens.", got=entries, expected=f"at most {teacher.config.vocab_size}"
-        )
+    teacher = _require(teacher_of(alone, plan.model), entries)
     loader = open_run_loader(plan, 0)
     count = samples or plan.total_samples
     loader.require(count)
@@ -80,3 +75,12 @@ def make_cache(
     for done in write_cache(folder, wanted, loader.batch, predict):
         tell(f"{done} of {count} samples")
     return count
+
+
+def _require(teacher: Source | None, entries: int) -> Source:
+    if teacher is None:
+        raise ConfigError("The recipe names no teacher.", fix="Set distill.teacher.")
+    most = teacher.config.vocab_size
+    if entries > most:
+        raise ConfigError("--entries: more than the teacher has tokens.", got=entries, expected=f"at most {most}")
+    return teacher
