@@ -136,7 +136,7 @@ def fresh_op(spec: TensorSpec, config: ModelConfig, *, dtype: str, seed: int, st
 def _fresh_state(inits: Sequence[Init], source: Source) -> list[Init]:
     """Gives fresh tensors their optimizer state: the same draw as fp32 weight, zero moments."""
     ops = []
-    for kind in sorted({key.partition(":")[0] for key in source.optimizer}):
+    for kind in sorted({"fp32", *(key.partition(":")[0] for key in source.optimizer)}):
         for op in inits:
             fields = {name: getattr(op, name) for name in ("shape", "std", "num_layers", "seed")}
             init = op.init if kind == "fp32" else "zeros"

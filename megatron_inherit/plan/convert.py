@@ -123,7 +123,17 @@ def optimizer_ops(sources: Mapping[str, str], source: Source) -> list[Copy]:
             f"{source.path} ({source.format}) has no optimizer state that can be taken along.",
             fix="Leave --optimizer keep out, or give a DeepSpeed or Megatron checkpoint that has it.",
         )
-    return [copy_op(target, name, source, None, kind) for target, name in sources.items() for kind in kinds]
+    missing = sorted({"exp_avg", "exp_avg_sq"} - set(kinds))
+    if missing:
+        raise CheckpointError(
+            f"The optimizer state of {source.path} ({source.format}) is not Adam's: it has no {missing[0]}.",
+            fix="Leave --optimizer keep out.",
+        )
+    ops = [copy_op(target, name, source, None, kind) for target, name in sources.items() for kind in kinds]
+    if "fp32" in kinds:
+        return ops
+    masters = (copy_op(target, name, source, "F32") for target, name in sources.items())  # trained in fp32: the same
+    return ops + [dataclasses.replace(op, target=f"fp32:{op.target}") for op in masters]
 
 
 def origin_of(source: Source, *, optimizer: bool = False) -> Origin:

@@ -63,6 +63,8 @@ class Mover:
         target, beside = self.targets[op.target], self.targets.get(f"{BESIDE}{op.target}")
         if beside is not None:
             return self._pack(op, target, beside)
+        if not target.pieces:  # a format that holds weights as the optimizer's alone
+            op = self.ops[f"fp32:{op.target}"]
         digest = xxhash.xxh3_128()
         pieces = () if self._is_held(op) else target.pieces
         as_stored = is_transposed(pieces)

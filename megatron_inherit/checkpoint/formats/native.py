@@ -199,6 +199,7 @@ def open_source(path: str | Path) -> Source:
     stored, identity = _read_ranks(pool, folder, manifest["world_size"])
     config = ModelConfig.from_json(state["model"])
     details = {key: value for key, value in manifest.items() if key not in ("files", "format")}
+    details["optimizer_step"] = state.get("updates", state.get("step", 0))
     own: dict[str, StoredTensor] = {}
     if any(key.startswith(PREFIX) for key in stored):
         ids = read_ids(state.get("hf_config") or {}, config, str(folder / STATE))

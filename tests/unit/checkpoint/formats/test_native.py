@@ -8,7 +8,13 @@ from hypothesis import strategies as st
 from megatron_inherit.arch.presets import preset
 from megatron_inherit.arch.tensors import enumerate_tensors
 from megatron_inherit.base.errors import CheckpointError
+from megatron_inherit.checkpoint.compare import compare_manifest
+from megatron_inherit.checkpoint.detect import open_source
 from megatron_inherit.checkpoint.formats import native
+from megatron_inherit.checkpoint.manifest import load_file
+from megatron_inherit.plan.convert import plan_conversion
+from megatron_inherit.plan.execute import execute
+from megatron_inherit.plan.plan import Layout
 
 CONFIG = preset("llama-tiny").with_layers(1)
 
@@ -164,3 +170,21 @@ def test_a_missing_rank_and_a_missing_element_are_refused(tmp_path):
         native.open_source(folder)
     with pytest.raises(CheckpointError, match=r"rank_00001\.json"):
         native.write_manifest(folder, world_size=2, facts={})
+
+
+def test_weights_of_a_run_in_fp32_go_with_its_moments(tmp_path):
+    """Such a run keeps no masters, and a universal checkpoint holds weights as masters alone."""
+    kinds = ("weight", "exp_avg", "exp_avg_sq")
+    keys = [(spec, kind) for spec in enumerate_tensors(CONFIG) for kind in kinds]
+    values = {(spec.name, kind): values_of(number, spec.shape) for number, (spec, kind) in enumerate(keys)}
+    parts = [part(s.name, k, values[s.name, k], (0,) * len(s.shape), s.shape) for s, k in keys]
+    write(tmp_path / "step_00000020", [parts])
+    with native.open_source(tmp_path / "step_00000020") as source:
+        plan = plan_conversion(source, layout=Layout(format="ds_universal"), optimizer=True)
+        execute(plan, tmp_path / "out", source=source)
+    with open_source(tmp_path / "out") as found:
+        assert found.details["optimizer_step"] == 20
+        assert compare_manifest(found, load_file(tmp_path / "out" / "manifest.json")) == []
+        for (name, kind), expected in values.items():
+            key = name if kind == "weight" else f"{kind}:{name}"
+            np.testing.assert_array_equal(found.read(key).array(), expected)
