@@ -65,6 +65,15 @@ class RemoteFiles:
             self._sizes[url] = int(found)
         return self._sizes[url]
 
+    def state(self, url: str) -> str:
+        """Gives what the server says of a file: its size, and tag, version or time where there are some.
+
+        Raises:
+            CheckpointError: It is not there.
+        """
+        info = self._retry(url, lambda system: system.info(url))
+        return str(sorted((str(key), str(value)) for key, value in dict(info).items()))
+
     def read_into(self, url: str, offset: int, buffer: memoryview) -> None:
         """Fills a buffer from the bytes at ``offset``.
 

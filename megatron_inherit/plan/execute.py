@@ -11,18 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from megatron_inherit.arch.tensors import tensor_table
 from megatron_inherit.base.atomic import new_folder, refuse_existing, require_space, write_json
 from megatron_inherit.base.errors import CheckpointError
 from megatron_inherit.base.faults import fault
 from megatron_inherit.checkpoint import manifest
 from megatron_inherit.checkpoint.detect import format_module, open_source
-from megatron_inherit.checkpoint.files import FilePool
+from megatron_inherit.checkpoint.files import FilePool, file_pool
 from megatron_inherit.checkpoint.manifest import TensorHash
 from megatron_inherit.checkpoint.stream import SideFile, Sink, SinkOptions, Source
 from megatron_inherit.plan.journal import Journal, clear, resumable_folder
 from megatron_inherit.plan.movement import Mover
-from megatron_inherit.plan.ops import Op
+from megatron_inherit.plan.ops import File, Op
 from megatron_inherit.plan.plan import TransferPlan
 
 SLACK = 1 << 20
@@ -108,7 +110,7 @@ def execute(
         record: Added to ``inherit.json``.
         side_files: Copied too, beside those of the source.
         progress: Called with the number of bytes just written, from any thread.
-        resume: Continues where an interrupted execution of the same plan stopped; leaves what is done in place.
+        resume: Continues where an interrupted execution of the plan stopped, if what it reads was not replaced since.
 
     Raises:
         PlanError: The plan is not total.
@@ -126,7 +128,7 @@ def execute(
     sides = (*(opened.side_files if opened else ()), *side_files)
     sink = plan_sink(plan, tuple({side.name: side for side in sides}.values()))
     with resumable_folder(folder) if resume else new_folder(folder, overwrite=overwrite) as temporary:
-        journal = Journal(temporary, plan.fingerprint()) if resume else None
+        journal = Journal(temporary, f"{plan.fingerprint()} {_state_of_inputs(plan, opened)}") if resume else None
         done = _start(sink, temporary, journal)
         hashes, written = _move(plan, sink, temporary, opened, threads or default_threads(), progress, journal, done)
         sink.finish(temporary)
@@ -148,11 +150,22 @@ def default_threads() -> int:
     return min(8, max(2, len(os.sched_getaffinity(0))))
 
 
+def _state_of_inputs(plan: TransferPlan, source: Source | None) -> str:
+    """Hashes size and age of every file that a plan reads: identities are of headers, which do not show new weights."""
+    files = {op.file for op in plan.ops if isinstance(op, File)}
+    if source is not None:
+        files |= {file for op in plan.ops for name in op.inputs for file in source.find(name).files}
+    with file_pool() as pool:
+        return xxhash.xxh3_128_hexdigest(repr([(file, pool.state(file)) for file in sorted(files)]).encode())
+
+
 def _start(sink: Sink, folder: Path, journal: Journal | None) -> dict[str, TensorHash]:
     """Creates the containers, or finds out what an interrupted transfer of the same plan left in them."""
     if journal is not None and not journal.is_new:
         partial = Source(sink.format, str(folder), sink.config, sink.rooted(folder))
-        claimed = {target: entry for target, entry in (journal.found or {}).items() if target in sink.tensors}
+        # of replicas a reader sees one, so that tensors which have them are written again
+        single = {key for key, one in sink.tensors.items() if sum(p.extent.numel for p in one.pieces) == one.numel}
+        claimed = {target: entry for target, entry in (journal.found or {}).items() if target in single}
         found = {target: manifest.hash_tensor(partial, target) for target in claimed}
         partial.close()
         return {target: entry for target, entry in claimed.items() if found[target] == entry}

@@ -10,6 +10,7 @@ from typing import Any
 from megatron_inherit.base.atomic import new_folder, write_json
 from megatron_inherit.base.errors import CheckpointError, UsageError
 from megatron_inherit.checkpoint import manifest
+from megatron_inherit.checkpoint.formats.torch_dist import opened
 from megatron_inherit.checkpoint.formats.torch_dist_link import Links, link_checkpoint, plan_links
 from megatron_inherit.checkpoint.manifest import TensorHash
 from megatron_inherit.checkpoint.stream import Source
@@ -91,11 +92,16 @@ def _sources(plan: TransferPlan, source: Source) -> dict[str, str]:
 
 
 def _known_hashes(source: Source, sources: Mapping[str, str]) -> dict[str, TensorHash]:
-    for folder in (Path(source.path), Path(source.path).parent):
-        try:
-            known = manifest.load_file(folder / manifest.NAME)
-        except CheckpointError:
-            continue
-        if all(name in known for name in sources.values()):
-            return {target: known[name] for target, name in sources.items()}
-    return {}
+    """Gives the hashes of the manifest beside the source's iteration; none where it may speak of another one."""
+    folder = opened(source).folder
+    if [other for other in folder.parent.glob("*/.metadata") if other.parent != folder]:
+        return {}  # a run went on beside what was converted
+    try:
+        known = manifest.load_file(folder.parent / manifest.NAME)
+    except CheckpointError:
+        return {}
+    for name in set(sources.values()):
+        entry, stored = known.get(name), source.find(name)
+        if entry is None or (entry.dtype, entry.shape) != (stored.dtype, stored.shape):
+            return {}
+    return {target: known[name] for target, name in sources.items()}

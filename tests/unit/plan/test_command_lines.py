@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -172,6 +173,11 @@ def test_zero_copy_shares_the_files(teacher, tmp_path, capsys, monkeypatch):
     shared = [path for path in linked.rglob("*.distcp") if path.stat().st_nlink == 2]
     assert len(shared) == 2
     assert main(["verify", str(linked), str(linked / "manifest.json")]) == 0
+    shutil.copytree(source / "release", source / "iter_0000009")  # a run went on: the manifest is of its start
+    (source / "latest_checkpointed_iteration.txt").write_text("9")
+    assert main(["inherit", str(source), str(tmp_path / "late"), *words, "--zero-copy"]) == 0
+    assert json.loads((tmp_path / "late" / "inherit.json").read_text())["hashes"] == "unverified"
+    assert not (tmp_path / "late" / "manifest.json").exists()
     capsys.readouterr()
     assert main(["inherit", str(teacher), str(tmp_path / "no"), *words, "--zero-copy"]) == 2
     assert "--zero-copy links torch_dist" in capsys.readouterr().err

@@ -20,7 +20,7 @@ from megatron_inherit.checkpoint.gather import row_major
 from megatron_inherit.inherit.inheritune import fresh_op, plan_fresh, plan_inheritance
 from megatron_inherit.plan import movement
 from megatron_inherit.plan.convert import plan_conversion
-from megatron_inherit.plan.execute import execute
+from megatron_inherit.plan.execute import execute, plan_sink
 from megatron_inherit.plan.init import draw
 from megatron_inherit.plan.ops import Compute, File, Tie
 from megatron_inherit.plan.plan import Layout
@@ -303,3 +303,38 @@ def test_mixed_types_keep_their_own_and_fused_ones_must_agree(tmp_path):
     ops = [dataclasses.replace(op, dtype="BF16") if op.target.endswith("q.weight") else op for op in plan.ops]
     with pytest.raises(CheckpointError, match=r"different dtypes.*--dtype"):
         execute(dataclasses.replace(plan, ops=tuple(ops)), tmp_path / "s")
+
+
+def test_a_teacher_that_was_replaced_does_not_continue_a_journal(tmp_path, monkeypatch):
+    """Its headers and sizes are the same; what was copied before must not stay among what is copied now."""
+    options = {"resume": True, "threads": 1}
+    teacher = write_checkpoint(tmp_path / "t", llama(), random_arrays(llama(), seed=1), "hf")
+    monkeypatch.setenv("MI_FAULT", "transfer:*:20:raise")
+    with open_source(teacher) as source, pytest.raises(RuntimeError):
+        execute(plan_conversion(source), tmp_path / "s", source=source, **options)
+    monkeypatch.delenv("MI_FAULT")
+    (teacher / "model.safetensors").unlink()
+    write_checkpoint(teacher, llama(), random_arrays(llama(), seed=2), "hf")
+    with open_source(teacher) as source:
+        found = run(plan_conversion(source), tmp_path / "s", source=source, **options)
+    assert_equal(found, random_arrays(llama(), seed=2))
+
+
+def test_a_torn_replica_is_written_again(teacher, arrays, tmp_path, monkeypatch):
+    """A reader sees the norms of one tensor-parallel rank; those of another may be lost with the machine."""
+    layout = Layout(format="megatron", tp=2)
+    file = "release/mp_rank_00/model_optim_rng.pt"
+    with open_source(teacher) as source:
+        plan = plan_conversion(source, layout=layout)
+        execute(plan, tmp_path / "whole", source=source)
+        monkeypatch.setenv("MI_FAULT", "transfer:*:20:raise")
+        with pytest.raises(RuntimeError):
+            execute(plan, tmp_path / "s", source=source, resume=True, threads=1)
+        monkeypatch.delenv("MI_FAULT")
+        norm = plan_sink(plan).tensors["layers.0.attn_norm.weight"]
+        (place,) = [piece.extent for piece in norm.pieces if piece.extent.file == file]
+        with (tmp_path / "s.tmp-resume" / file).open("r+b") as torn:
+            torn.seek(place.offset)
+            torn.write(bytes(place.nbytes))
+        execute(plan, tmp_path / "s", source=source, resume=True)
+    assert (tmp_path / "s" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
