@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from megatron_inherit.checkpoint.gather import row_major
 from megatron_inherit.checkpoint.manifest import TensorHash, hash_source, row_tiles
 from megatron_inherit.checkpoint.stream import Source, read_box
 
-_FUNCTION = ("num_heads", "num_kv_heads", "norm_eps", "rope", "sliding_window", "attn_scale_by_layer")
+_FUNCTION = ("num_heads", "num_kv_heads", "norm_eps", "rope", "sliding_window", "attn_scale_by_layer", "residual")
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def compare(
 
 def compare_configs(left: ModelConfig, right: ModelConfig) -> list[Difference]:
     """Compares what tensors do not show and the function depends on: heads, norms, rotary positions, window."""
-    mine, other = left.to_json(), right.to_json()
+    mine, other = dataclasses.asdict(left), dataclasses.asdict(right)
     return [
         Difference(f"config {name}", "values", str(mine[name]), str(other[name]))
         for name in _FUNCTION

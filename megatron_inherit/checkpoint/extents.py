@@ -7,6 +7,7 @@ that file. Reading, writing, slicing, resharding and comparing are intersections
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -229,6 +230,13 @@ def check_cover(name: str, shape: Sequence[int], pieces: Iterable[Piece]) -> Non
             raise CheckpointError(
                 f"Tensor {name} does not fit its place in {piece.extent.file}.", got=piece.shape, expected=tuple(shape)
             )
+    twice = next((one for one, other in itertools.pairwise(found) if one.start == other.start), None)
+    if twice is not None:
+        raise CheckpointError(
+            f"Tensor {name}: the part at {list(twice.start)} is there twice.",
+            got=twice.extent.file,
+            fix="Copy the checkpoint again: a file of it may stand in another's place.",
+        )
     covered = sum(piece.extent.numel for piece in found)
     if covered != math.prod(shape):
         files = sorted({piece.extent.file for piece in found})

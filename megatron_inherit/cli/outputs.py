@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_inherit.base.errors import UsageError
 
-_CUT = {"hf": (), "meta": ("tp",)}
+_CUT = {"hf": (), "ds_universal": (), "meta": ("tp",)}
 """Format -> the parallel sizes it is cut by; the others know all of them."""
 
 

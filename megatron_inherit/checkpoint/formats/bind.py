@@ -9,6 +9,7 @@ from megatron_inherit.arch.tensors import enumerate_tensors
 from megatron_inherit.base.errors import CheckpointError
 from megatron_inherit.checkpoint.dtypes import WEIGHT_DTYPES
 from megatron_inherit.checkpoint.extents import Extent, Piece, check_cover, whole
+from megatron_inherit.checkpoint.files import FilePool
 from megatron_inherit.checkpoint.layout import (
     LayoutRow,
     PhysicalTensor,
@@ -16,7 +17,7 @@ from megatron_inherit.checkpoint.layout import (
     check_shape,
     physical_tensors,
 )
-from megatron_inherit.checkpoint.stream import StoredTensor
+from megatron_inherit.checkpoint.stream import StoredTensor, read_box
 
 
 def bind_tensors(
@@ -103,6 +104,27 @@ def _stack(shards: Sequence[StoredTensor], axis: int | None) -> list[Piece]:
             pieces.append(Piece(start, piece.extent))
         at += shard.shape[axis]
     return pieces
+
+
+def check_tied(pool: FilePool, head: Extent, embedding: StoredTensor) -> None:
+    """Compares a stored head with the embedding that it is said to be, by its first, middle and last row.
+
+    Raises:
+        CheckpointError: They differ.
+    """
+    stored, (rows, width) = StoredTensor(head.shape, head.dtype, whole(head)), embedding.shape
+    same = (stored.shape, stored.dtype) == (embedding.shape, embedding.dtype)
+    for row in (0, rows // 2, rows - 1):
+        same = same and _row(pool, stored, row, width) == _row(pool, embedding, row, width)
+    if not same:
+        raise CheckpointError(
+            f"{head.file}: the head is not the embedding, though tie_word_embeddings of config.json says so.",
+            fix="Set tie_word_embeddings to false to keep the head, or remove the head's tensor.",
+        )
+
+
+def _row(pool: FilePool, stored: StoredTensor, row: int, width: int) -> bytes:
+    return read_box(pool, stored, (row, 0), (1, width)).tobytes()
 
 
 def common_dtype(tensor: PhysicalTensor, dtypes: Mapping[str, str]) -> str:

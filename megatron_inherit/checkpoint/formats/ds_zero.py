@@ -160,6 +160,11 @@ def _read_rank(file: Path) -> _Rank:
     for kind_name, arrays in flats.items():
         if not all(isinstance(array, Extent) and array.is_dense for array in arrays):
             raise CheckpointError(f"{file}: {kind_name} is not a list of flat tensors.")
+        sizes, needed = ([array.numel for array in group] for group in (arrays, flats["fp32"]))
+        if len(sizes) != len(needed) or any(size < least for size, least in zip(sizes, needed, strict=True)):
+            raise CheckpointError(
+                f"{file}: {kind_name} does not fit the fp32 weights group by group.", got=sizes, expected=needed
+            )
     return _Rank(file, stage, int(world), flats, step, adam_settings(state[base].get("param_groups")))
 
 

@@ -24,6 +24,7 @@ from megatron_inherit.base.errors import CheckpointError
 from megatron_inherit.checkpoint.dtypes import WEIGHT_DTYPES, cast
 from megatron_inherit.checkpoint.extents import Extent, whole
 from megatron_inherit.checkpoint.files import FilePool, create_file, is_remote, join
+from megatron_inherit.checkpoint.formats.bind import check_tied
 from megatron_inherit.checkpoint.formats.hf_config import read_config, write_config
 from megatron_inherit.checkpoint.formats.safetensors_file import build_header, read_header
 from megatron_inherit.checkpoint.layout import LayoutRow, PhysicalTensor, check_names, check_shape, physical_tensors
@@ -133,6 +134,8 @@ def open_source(path: str) -> Source:
     config = read_config(raw, where=where)
     extents = _read_headers(pool, path, identity)
     tensors = bind(config, extents, path)
+    if config.tied and "lm_head.weight" in extents:
+        check_tied(pool, extents["lm_head.weight"], tensors["embed.weight"])
     if config.attn_scale_by_layer:
         tensors = fold_layer_scale(tensors)
         config = dataclasses.replace(config, attn_scale_by_layer=False)
@@ -302,7 +305,10 @@ def _read_headers(pool: FilePool, path: str, identity: dict[str, str]) -> dict[s
 
         extents = {}
         for file in files:
-            extents.update(read_bin(pool, join(path, file)))
+            found = read_bin(pool, join(path, file))
+            content = [(name, one.offset, one.dtype, one.shape, one.strides) for name, one in found.items()]
+            identity[file] = xxhash.xxh3_128_hexdigest(repr(content).encode())
+            extents.update(found)
         return extents
     extents = {}
     for file in files:

@@ -31,6 +31,12 @@ _REFUSED = {
     "mtp_num_layers": "multi-token prediction layers",
     "experimental_attention_variant": "experimental attention",
     "attention_output_gate": "gated attention outputs",
+    "apply_residual_connection_post_layernorm": "residual connections behind the norms",
+    "no_rope_freq": "layers without rotary positions",
+    "qk_l2_norm": "queries and keys of unit length",
+    "window_attn_skip_freq": "layers with and without a sliding window",
+    "glu_linear_offset": "an offset in its gated MLP",
+    "activation_func_clamp_value": "clamped activations",
 }
 _STRUCTURE = (
     "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "ffn_size", "tied", "qkv_bias", "qk_norm",
@@ -53,6 +59,10 @@ def config_from_args(args: Mapping[str, Any], *, where: str) -> ModelConfig:
     for name, what in _REFUSED.items():
         if args.get(name):
             raise CheckpointError(f"{where}: a model with {what} is not supported.", got=f"{name} = {args[name]}")
+    if args.get("softmax_type", "vanilla") != "vanilla":
+        raise CheckpointError(
+            f"{where}: attention sinks are not supported.", got=f"softmax_type {args['softmax_type']}"
+        )
     if args.get("fp8"):
         raise CheckpointError(f"{where}: fp8 weights are not supported.", fix="Save the checkpoint without --fp8-*.")
     try:
@@ -122,6 +132,8 @@ def _read_rope(args: Mapping[str, Any]) -> Rope:
             "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8192,
         }
+    elif (args.get("rotary_seq_len_interpolation_factor") or 1) != 1:
+        scaling = {"rope_type": "linear", "factor": float(args["rotary_seq_len_interpolation_factor"])}
     return Rope(
         theta=float(args.get("rotary_base") or 10000.0),
         scaling=scaling,
@@ -137,8 +149,18 @@ def args_from_config(config: ModelConfig, options: SinkOptions, *, dtype: str, p
         options: Parallel sizes and iteration.
         dtype: Type of the weights, safetensors name.
         padded_vocab: Rows of the embedding as stored.
+
+    Raises:
+        CheckpointError: Megatron-LM has no such scaling of rotary positions, and would run another function.
     """
     family = family_of(config)
+    kind = config.rope.scaling.get("rope_type") if config.rope else None
+    if kind not in (None, "llama3", "linear"):
+        raise CheckpointError(
+            "Megatron-LM's args know no rope scaling but linear and LLaMA 3's.",
+            got=kind,
+            fix="Use --format hf, whose config.json has it.",
+        )
     rope, per_stage = config.rope, config.num_layers // (options.pp * options.vpp)
     args: dict[str, Any] = {
         "num_layers": config.num_layers,
@@ -161,6 +183,7 @@ def args_from_config(config: ModelConfig, options: SinkOptions, *, dtype: str, p
         "rotary_base": int(rope.theta) if rope else 10000,
         "rotary_percent": rope.fraction if rope else 1.0,
         "rotary_interleaved": False,
+        "rotary_seq_len_interpolation_factor": rope.scaling["factor"] if rope and kind == "linear" else None,
         "use_rope_scaling": bool(rope and rope.scaling.get("rope_type") == "llama3"),
         "rope_scaling_factor": rope.scaling.get("factor", 8.0) if rope else 8.0,
         "normalization": "RMSNorm" if family.norm == "rmsnorm" else "LayerNorm",

@@ -113,7 +113,12 @@ def _read_grid(folder: Path) -> list[list[_Rank]]:
         if match and match[3]:
             raise CheckpointError(f"{entry} is a rank of an expert-parallel model.", fix="MoE is not supported.")
         if match:
-            found[int(match[2] or 0), int(match[1])] = entry / _FILE
+            place = int(match[2] or 0), int(match[1])
+            if place in found:
+                raise CheckpointError(
+                    f"{entry} and {found[place].parent} are the same rank.", fix="Remove the one of another run."
+                )
+            found[place] = entry / _FILE
     pp, tp = 1 + max(stage for stage, _ in found), 1 + max(rank for _, rank in found)
     for stage in range(pp):
         for rank in range(tp):

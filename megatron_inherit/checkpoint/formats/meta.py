@@ -94,7 +94,12 @@ def make_sink(config: ModelConfig, dtypes: Mapping[str, str], options: SinkOptio
     dialect = options.dialect or ("llama3" if config.vocab_size >= 100_000 else "llama2")
     if dialect not in _EMBEDDING_AXES:
         raise UsageError(f"Unknown Meta dialect {dialect!r}.", expected="llama2 or llama3")
-    if config.head_dim * config.num_heads != config.hidden_size or config.sliding_window or config.rope is None:
+    if (
+        config.head_dim * config.num_heads != config.hidden_size
+        or config.sliding_window
+        or config.rope is None
+        or config.rope.fraction != 1
+    ):
         raise CheckpointError(f"Meta's format has no place for this {config.family} model.", fix="Use --format hf.")
     rows = with_axis(ROWS, {_EMBEDDING: _EMBEDDING_AXES[dialect]})
     wanted = list(physical_tensors(rows, config))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from megatron_inherit.arch.model_config import Rope
-from megatron_inherit.checkpoint.compare import compare, compare_manifest
+from megatron_inherit.checkpoint.compare import compare, compare_configs, compare_manifest
 from megatron_inherit.checkpoint.detect import open_source
 from megatron_inherit.checkpoint.manifest import hash_source, load_file, to_json
 from megatron_inherit.cli.main import main
@@ -156,3 +156,8 @@ def test_inspect_lists_hashes_and_facts(pair, capsys):
     assert len(facts["xxh3"]) == 39
     assert main(["inspect", str(pair[0]), "--tensors"]) == 0
     assert "layers.3.mlp.down.weight" in capsys.readouterr().out
+
+
+def test_a_model_without_residual_connections_is_another_one():
+    (found,) = compare_configs(llama(), llama(residual=False))
+    assert found.tensor == "config residual"

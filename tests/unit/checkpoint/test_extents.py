@@ -104,3 +104,9 @@ def test_a_piece_outside_is_named():
     with pytest.raises(CheckpointError, match="cannot be seen as"):
         Extent.dense("f", 0, "F32", (2, 3)).transposed().reshaped((6,))
     assert whole(piece.extent)[0].start == (0, 0)
+
+
+def test_a_part_that_is_given_twice_does_not_stand_for_a_missing_one():
+    half = Piece((0, 0), Extent.dense("rank_0", 0, "F32", (2, 3)))
+    with pytest.raises(CheckpointError, match=r"w: the part at \[0, 0\] is there twice"):
+        check_cover("w", (4, 3), [half, Piece((0, 0), Extent.dense("rank_1", 0, "F32", (2, 3)))])

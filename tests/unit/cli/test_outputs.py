@@ -34,6 +34,7 @@ def test_a_student_can_be_made_again(teacher, tmp_path):
     [
         (["--tp", "2"], "--tp 2 means nothing to the format hf"),
         (["--format", "meta", "--pp", "2"], "--pp 2 means nothing to the format meta"),
+        (["--format", "ds_universal", "--tp", "2"], "--tp 2 means nothing to the format ds_universal"),
         (["--optimizer", "some"], "keep or drop"),
     ],
 )

@@ -162,6 +162,15 @@ class TestRefusals:
             self.edit(path, lambda value: value.update(frozen_param_shapes={"a": (1,)}))
         self.refused(folder, "frozen")
 
+    def test_moments_that_are_shorter_than_the_weights(self, folder):
+        def cut(value):
+            state = value["optimizer_state_dict"]
+            group = (state.get("base_optimizer_state") or state["optimizer_state_dict"])["state"][0]
+            group["exp_avg"] = group["exp_avg"][:-2].clone()
+
+        self.edit(folder / "global_step7" / "zero_pp_rank_0_mp_rank_00_optim_states.pt", cut)
+        self.refused(folder, "zero_pp_rank_0", "exp_avg does not fit the fp32 weights")
+
     def test_partitions_that_are_too_short(self, folder):
         def cut(value):
             for key in ("fp32_flat_groups", "single_partition_of_fp32_groups"):

@@ -56,3 +56,31 @@ def test_what_is_no_dictionary_of_tensors_is_refused(tmp_path):
         torch.save(value, tmp_path / "pytorch_model.bin")
         with pytest.raises(CheckpointError, match=word):
             open_source(tmp_path)
+
+
+def test_other_weights_of_one_shape_are_another_file(tmp_path):
+    config = FAMILIES["llama"]
+    write_checkpoint(tmp_path, config, random_arrays(config), "hf")
+    tensors = state_dict(config, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    identities = []
+    for dtype in (torch.float16, torch.bfloat16):
+        torch.save({name: tensor.to(dtype) for name, tensor in tensors.items()}, tmp_path / "pytorch_model.bin")
+        with open_source(tmp_path) as source:
+            identities.append(source.identity["pytorch_model.bin"])
+    assert identities[0] != identities[1]
+
+
+@pytest.mark.parametrize("row", [0, -1])
+def test_a_head_that_is_not_the_embedding_it_is_said_to_be(tmp_path, row):
+    config = FAMILIES["llama-mha-tied"]
+    write_checkpoint(tmp_path, config, random_arrays(config), "hf")
+    tensors = state_dict(config, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    open_source(tmp_path).close()
+    tensors["lm_head.weight"][row, 1] += 1
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="Set tie_word_embeddings to false"):
+        open_source(tmp_path)

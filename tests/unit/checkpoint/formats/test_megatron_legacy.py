@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 
 from megatron_inherit.base.errors import CheckpointError
 from megatron_inherit.checkpoint.formats import megatron_legacy
+from megatron_inherit.checkpoint.formats.megatron_args import OWN, args_from_config, config_from_args
 from megatron_inherit.checkpoint.formats.megatron_names import DIALECTS
+from megatron_inherit.checkpoint.stream import SinkOptions
 from tests.support.checkpoints import (
     FAMILIES,
     assert_equal,
@@ -296,6 +298,11 @@ class TestRefusals:
         shutil.rmtree(folder / "iter_0000004" / "mp_rank_01_001")
         self.refused(folder, "mp_rank_01_001", "missing")
 
+    def test_one_rank_under_two_names(self, folder):
+        here = folder / "iter_0000004"
+        shutil.copytree(here / "mp_rank_00_000", here / "mp_rank_00")
+        self.refused(folder, "mp_rank_00_000", "the same rank", "Remove")
+
     def test_missing_stage(self, folder):
         for rank in range(2):
             shutil.rmtree(folder / "iter_0000004" / f"mp_rank_{rank:02d}_001")
@@ -371,3 +378,35 @@ class TestRefusals:
         with pytest.raises(CheckpointError, match=r"pipeline size of \[1, 3\], or a depth of 4 or 8"):
             write_checkpoint(tmp_path / "out", config, random_arrays(config), "megatron", pp=2, vpp=2)
         assert not (tmp_path / "out").exists()
+
+
+def test_linear_scaling_of_rotary_positions_is_told_in_megatrons_words():
+    config = llama(rope=dataclasses.replace(llama().rope, scaling={"rope_type": "linear", "factor": 4.0}))
+    args = args_from_config(config, SinkOptions(), dtype="F32", padded_vocab=256)
+    assert args["rotary_seq_len_interpolation_factor"] == 4.0
+    del args[OWN]
+    assert config_from_args(args, where="run").rope == config.rope
+
+
+def test_scaling_that_megatron_does_not_have_is_refused():
+    config = llama(rope=dataclasses.replace(llama().rope, scaling={"rope_type": "yarn", "factor": 4.0}))
+    with pytest.raises(CheckpointError, match="no rope scaling but linear") as refusal:
+        args_from_config(config, SinkOptions(), dtype="F32", padded_vocab=256)
+    assert refusal.value.got == "yarn"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("apply_residual_connection_post_layernorm", True),
+        ("no_rope_freq", 4),
+        ("qk_l2_norm", True),
+        ("window_attn_skip_freq", 2),
+        ("softmax_type", "learnable"),
+    ],
+)
+def test_args_that_change_the_function_are_refused(name, value):
+    args = args_from_config(llama(), SinkOptions(), dtype="F32", padded_vocab=256)
+    with pytest.raises(CheckpointError, match="not supported") as refusal:
+        config_from_args(args | {name: value}, where="run")
+    assert name in str(refusal.value.got)

@@ -172,3 +172,9 @@ class TestRefusals:
         config = llama(vocab_size=131)
         with pytest.raises(CheckpointError, match="cut"):
             write_checkpoint(tmp_path / "out", config, random_arrays(config), "meta", tp=2, dialect="llama3")
+
+
+def test_heads_that_are_rotated_in_part_are_refused(tmp_path):
+    config = llama(rope=llama().rope.__class__(fraction=0.5))
+    with pytest.raises(CheckpointError, match="no place for this llama"):
+        write_checkpoint(tmp_path, config, random_arrays(config), "meta")
