@@ -201,7 +201,12 @@ def poison_bad_labels(losses: torch.Tensor, flat: torch.Tensor, counted: torch.T
 
 
 def teacher(
-    function: str, hidden: torch.Tensor, teacher_hidden: torch.Tensor, teacher_weight: torch.Tensor, shard: Shard
+    function: str,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    teacher_hidden: torch.Tensor,
+    teacher_weight: torch.Tensor,
+    shard: Shard,
 ) -> None:
     """Checks that a teacher's head speaks of the same rows and tokens as the student's."""
     same_device(function, {"hidden": hidden, "teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight})
@@ -213,6 +218,12 @@ def teacher(
             f"{function}: the teacher's vocabulary shard is smaller than the student's.",
             got=f"{teacher_weight.shape[0]} rows",
             expected=f"at least {shard.valid}",
+        )
+    if shard.group is not None and teacher_weight.shape[0] != weight.shape[0]:
+        raise KernelValueError(
+            f"{function}: the teacher's vocabulary is cut at other tokens than the student's.",
+            got=f"{teacher_weight.shape[0]} rows a process",
+            expected=f"{weight.shape[0]}",
         )
 
 

@@ -219,7 +219,7 @@ def linear_kl(
     """
     name = "linear_kl"
     shard, gradients = checks.head(name, student_hidden, student_weight, options)
-    checks.teacher(name, student_hidden, teacher_hidden, teacher_weight, shard)
+    checks.teacher(name, student_hidden, student_weight, teacher_hidden, teacher_weight, shard)
     checks.divergence(name, kind, temperature, alpha, labels)
     flat, counted = checks.labels(name, student_hidden, labels, ignore_index, mask, shard.vocab_size)
     losses = implementation("linear_kl", name, student_hidden).linear_kl(

@@ -8,8 +8,9 @@ import logging
 import pytest
 import torch
 
-from megatron_inherit.kernels import choice, dispatch
+from megatron_inherit.kernels import checks, choice, dispatch
 from megatron_inherit.kernels.errors import KernelTypeError, KernelValueError
+from megatron_inherit.kernels.head import Shard
 
 
 @pytest.fixture
@@ -205,3 +206,14 @@ class Group:
 def test_bad_input_is_named(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+@pytest.mark.parametrize(("rows", "fits"), [(8, True), (12, False)])
+def test_a_teacher_whose_vocabulary_is_cut_at_other_tokens_is_refused(rows, fits):
+    hidden, second = torch.zeros(2, 4), Shard(start=8, valid=6, vocab_size=14, group=object())
+    tensors = hidden, torch.zeros(8, 4), hidden, torch.zeros(rows, 4)
+    if fits:
+        checks.teacher("linear_kl", *tensors, second)
+        return
+    with pytest.raises(KernelValueError, match="cut at other tokens"):
+        checks.teacher("linear_kl", *tensors, second)
