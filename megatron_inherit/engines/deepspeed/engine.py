@@ -224,7 +224,7 @@ class DeepSpeedEngine:
         """Gives fp32 logits [batch, sequence, vocab_size] of int64 tokens [batch, sequence], on every rank."""
         self.engine.eval()
         with cuda_means_cpu():
-            local = self.engine(tokens=tokens.to(self.device)).float().nan_to_num(neginf=0.0).contiguous()
+            local = self.engine(tokens=tokens.to(self.device)).float().contiguous()
         parts = [torch.empty_like(local) for _ in range(self.options.tp)]
         dist.all_gather(parts, local, group=self.groups.tp)
         return torch.cat(parts, dim=-1)[..., : self.config.vocab_size]

@@ -245,7 +245,6 @@ class MegatronEngine:
         local = torch.zeros(len(tokens), tokens.size(1) // self.options.cp, rows, device=self.device)
         if self.is_last:
             local = torch.cat(kept)[: len(tokens)].float()
-        local = local.nan_to_num(neginf=0.0)
         whole = torch.zeros(len(tokens), tokens.size(1), rows * self.options.tp, device=self.device)
         if self.is_last:
             mine = context_order(tokens.size(1), self.options.cp, self.groups.cp.rank()) if self.options.cp > 1 else ...

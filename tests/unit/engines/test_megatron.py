@@ -140,3 +140,10 @@ def test_logits_and_losses_agree():
     mask = torch.from_numpy(batch.loss_mask)
     assert sums == pytest.approx((losses * mask).sum(1).tolist(), abs=1e-4)
     assert counts == mask.sum(1).tolist()
+
+
+def test_logits_of_a_diverged_model_are_no_numbers():
+    engine = _engine()
+    engine.chunks[0].head_weight().data.fill_(torch.nan)
+    batch = replica_batches(0, data_rank=0, data_size=1, micro_batch=3)[0]
+    assert bool(engine.logits(torch.from_numpy(batch.tokens)).isnan().all())
