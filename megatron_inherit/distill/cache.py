@@ -20,6 +20,7 @@ from megatron_inherit.base.errors import DataError
 
 if TYPE_CHECKING:
     import torch
+    import xxhash
 
     from megatron_inherit.checkpoint.stream import Source
     from megatron_inherit.data.loader import Batch, Loader
@@ -77,12 +78,17 @@ def teacher_fingerprint(source: Source) -> str:
     state = xxhash.xxh3_128()
     for name in sorted(source.identity):
         state.update(f"{name}={source.identity[name]}\n".encode())
+    hash_values(source, state)
+    return state.hexdigest()
+
+
+def hash_values(source: Source, state: xxhash.xxh3_128) -> None:
+    """Takes three boxes of values of each tensor of a checkpoint into a hash."""
     for name, stored in source.tensors.items():
         state.update(f"{name}\n".encode())
         for place in range(3):
             box = tuple(_piece(size, place) for size in stored.shape)
             state.update(source.read(name, box).data.tobytes())
-    return state.hexdigest()
 
 
 def _piece(size: int, place: int) -> slice:

@@ -10,11 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import xxhash
+
 from megatron_inherit.base.atomic import write_json, write_text
 from megatron_inherit.base.environment import collect_environment
 from megatron_inherit.base.errors import ConfigError
 from megatron_inherit.base.log import get_logger
+from megatron_inherit.checkpoint.files import is_remote
+from megatron_inherit.checkpoint.stream import Source
 from megatron_inherit.config.load import config_hash, to_yaml
+from megatron_inherit.distill.cache import hash_values
 from megatron_inherit.plan.execute import RECORD
 from megatron_inherit.train.preflight import RunPlan
 
@@ -29,22 +34,47 @@ DROPOUT = ("attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout", "hidd
 
 
 def refuse_other_start(plan: RunPlan) -> None:
-    """Makes sure that a run that is continued began from ``model.path``; a folder that moved is taken on trust.
+    """Makes sure that a run that is continued began from what the recipe says; a folder that moved may have any name.
 
     Raises:
-        ConfigError: It began from another folder that is still there.
+        ConfigError: It began from another folder that is still there, from other weights, or from fresh ones.
     """
     began = _began_from(plan.output)
-    path = plan.config.model.path
-    if not began or not path or not os.path.exists(began) or not os.path.exists(path):
+    if began is None:
         return
-    if not os.path.samefile(began, path):
-        raise ConfigError(
-            f"model.path: the run in {plan.output} began from another folder, and would go on from its own weights.",
-            got=path,
-            expected=began,
-            fix="Set run.output to another folder to train this start.",
-        )
+    path, init = plan.config.model.path or "", plan.config.model.init
+    before, init_before = began.get("named", began.get("path", "")), began.get("init", init)
+    fresh, fresh_before = not path or init == "random", not before or init_before == "random"
+    if fresh != fresh_before:
+        _refuse("model.init", "from fresh weights" if fresh_before else "from a checkpoint", plan.output, init, before)
+    if path and before and os.path.exists(before) and os.path.exists(path) and not os.path.samefile(before, path):
+        _refuse("model.path", "from another folder", plan.output, path, before)
+    values = _sampled_values(plan)
+    if values and began.get("values", values) != values and not _went_on(plan, began):
+        _refuse("model.path", "from other weights than this folder holds now", plan.output, path, before)
+
+
+def _refuse(key: str, what: str, folder: Path, got: str, expected: str) -> None:
+    raise ConfigError(
+        f"{key}: the run in {folder} began {what}, and would go on from its own weights.",
+        got=got,
+        expected=expected or "random",
+        fix="Set run.output to another folder to train this start.",
+    )
+
+
+def _went_on(plan: RunPlan, began: Mapping[str, Any]) -> bool:
+    """Tells whether ``model.path`` is a run whose newest checkpoint is another one by now."""
+    return plan.source is not None and plan.source.format == "native" and plan.source.path != began.get("path")
+
+
+def _sampled_values(plan: RunPlan) -> str:
+    """Hashes some values of each tensor of the start; empty for fresh weights, and for those at a URL."""
+    if plan.source is None or plan.config.model.init == "random" or is_remote(plan.source.path):
+        return ""
+    state = xxhash.xxh3_128()
+    hash_values(plan.source, state)
+    return state.hexdigest()
 
 
 def device_name() -> str:
@@ -85,11 +115,17 @@ def describe(session: Session) -> None:
         {
             "kind": "run",
             "config_hash": config_hash(plan.config),
-            "started_from": None if source is None else {"path": source.path, "identity": dict(source.identity)},
+            "started_from": None if source is None else _start_of(plan, source),
             "identity": session.identity.to_json(),
             "evaluation": None if session.windows is None else session.windows.fingerprint,
         },
     )
+
+
+def _start_of(plan: RunPlan, source: Source) -> dict[str, Any]:
+    section = plan.config.model
+    about = {"named": section.path, "init": section.init, "values": _sampled_values(plan)}
+    return {"path": source.path, "identity": dict(source.identity), **about}
 
 
 def _keep_record(plan: RunPlan) -> None:
@@ -103,8 +139,9 @@ def _keep_record(plan: RunPlan) -> None:
         shutil.copyfile(record, kept)
 
 
-def _began_from(folder: Path) -> str:
+def _began_from(folder: Path) -> dict[str, Any] | None:
+    """Gives what a run's manifest says of its start, nothing for a preset; None if it cannot be read."""
     try:
-        return (json.loads((folder / MANIFEST).read_text()).get("started_from") or {}).get("path", "")
-    except (OSError, ValueError, AttributeError):
-        return ""
+        return json.loads((folder / MANIFEST).read_text())["started_from"] or {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

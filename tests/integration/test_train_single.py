@@ -272,8 +272,34 @@ def test_a_run_goes_on_from_its_own_start_only(tmp_path, corpus):
     assert str(starts["one"]) in ended.text
     assert (tmp_path / "run/run.yaml").read_text() == before
     starts["one"].rename(tmp_path / "moved")
-    ended = train(f"model.path={tmp_path / 'moved'}", "train.steps=3")
+    for path in (f"model.path={tmp_path / 'moved'}", "model.preset=llama-tiny"):
+        ended = train(path, "model.init=random")
+        assert ended.codes == [3], ended.text
+        assert "began from a checkpoint" in ended.text
+    ended = train(f"model.path={tmp_path / 'moved'}", "train.stop_after=1")
+    assert ended.codes == [75], ended.text
+    kept = tmp_path / "moved/model.safetensors"
+    right = kept.read_bytes()
+    kept.write_bytes((starts["other"] / "model.safetensors").read_bytes())
+    ended = train(f"model.path={tmp_path / 'moved'}")
+    assert ended.codes == [3], ended.text
+    assert "other weights" in ended.text
+    kept.write_bytes(right)
+    ended = train(f"model.path={tmp_path / 'moved'}", "train.steps=4")
     assert ended.codes == [0], ended.text
+
+
+def test_a_run_that_began_from_another_run_goes_on_when_that_one_has_gone_on(tmp_path, corpus):
+    first = ["train", recipe(tmp_path / "of_first", corpus), f"run.output={tmp_path / 'first'}"]
+    assert forked_world.run(tmp_path / "a", [*first, "train.steps=2"]).codes == [0]
+    second = ["train", recipe(tmp_path, corpus, model={"preset": None, "shape": {}, "init": "weights"})]
+    second += [f"model.path={tmp_path / 'first'}", "train.steps=4"]
+    assert forked_world.run(tmp_path / "b", [*second, "train.stop_after=1"]).codes == [75]
+    assert forked_world.run(tmp_path / "c", [*second, "train.stop_after=1"]).codes == [75]
+    assert forked_world.run(tmp_path / "d", [*first, "train.steps=3"]).codes == [0]
+    ended = forked_world.run(tmp_path / "e", second)
+    assert ended.codes == [0], ended.text
+    assert "Resuming after step 2" in ended.text
 
 
 def test_a_dry_run_opens_the_data(tmp_path, corpus):
