@@ -55,6 +55,10 @@ class CheckpointError(MinheritError):
     exit_code = 5
 
 
+class AbsentError(CheckpointError):
+    """A checkpoint has no such tensor; one that is there and cannot be read is a plain CheckpointError."""
+
+
 class DivergedError(MinheritError):
     """Training met repeated non-finite or exploding losses and gave up."""
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from megatron_inherit.arch.model_config import ModelConfig
 from megatron_inherit.base.atomic import write_bytes
-from megatron_inherit.base.errors import CheckpointError
+from megatron_inherit.base.errors import AbsentError, CheckpointError
 from megatron_inherit.checkpoint.dtypes import CARRIERS
 from megatron_inherit.checkpoint.extents import ITEM_SIZES, Extent, Piece, Shape, dense_strides
 from megatron_inherit.checkpoint.files import FilePool, file_pool
@@ -175,11 +175,11 @@ class Source:
         """Looks a weight (``NAME``) or an optimizer tensor (``KIND:NAME``) up.
 
         Raises:
-            CheckpointError: It is not there.
+            AbsentError: It is not there.
         """
         found = self.tensors.get(key) or self.optimizer.get(key) or self.own.get(key)
         if found is None:
-            raise CheckpointError(f"{self.path} has no tensor {key}.")
+            raise AbsentError(f"{self.path} has no tensor {key}.")
         return found
 
     def read(self, key: str, box: Box | None = None) -> RawTensor:

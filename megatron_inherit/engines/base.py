@@ -143,7 +143,7 @@ class Part:
 
 
 ReadPart = Callable[[str, str, "tuple[slice, ...]"], "torch.Tensor"]
-"""Reads a box of a stored tensor: canonical name, kind, a slice a dimension; raises CheckpointError if absent."""
+"""Reads a box of a stored tensor: canonical name, kind, a slice a dimension; raises AbsentError if there is none."""
 
 
 class Engine(Protocol):

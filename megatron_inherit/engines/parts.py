@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_inherit.arch.tensors import TensorSpec
-from megatron_inherit.base.errors import CheckpointError
+from megatron_inherit.base.errors import AbsentError
 from megatron_inherit.engines.base import Part, ReadPart
 from megatron_inherit.model.load import Reader, read_flat
 from megatron_inherit.model.pieces import Piece, cut_flat
@@ -91,7 +91,7 @@ def kind_reader(read: ReadPart, kind: str) -> Reader:
     def weight(spec: TensorSpec, box: tuple[slice, ...]) -> torch.Tensor:
         try:
             return read(spec.name, "fp32", box)
-        except CheckpointError:
+        except AbsentError:
             return read(spec.name, "weight", box)
 
     return weight

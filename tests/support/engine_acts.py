@@ -150,13 +150,13 @@ def read_all(folder: Path) -> dict[tuple[str, str], Any]:
 
 def read_from(folder: Path) -> Any:
     """Gives a ReadPart of a folder."""
-    from megatron_inherit.base.errors import CheckpointError
+    from megatron_inherit.base.errors import AbsentError
 
     whole = read_all(folder)
 
     def read(name: str, kind: str, box: tuple[slice, ...]) -> Any:
         if (name, kind) not in whole:
-            raise CheckpointError(f"no {kind} of {name}")
+            raise AbsentError(f"no {kind} of {name}")
         return whole[name, kind][box]
 
     return read
