@@ -96,3 +96,15 @@ def test_a_remote_bin_is_refused_with_what_to_do(folder, tmp_path, capsys):
 def test_a_missing_address(server, tmp_path, capsys):
     assert main(["inherit", server.url + "-not", str(tmp_path / "student"), "--layers", "0"]) == 5
     assert "config.json is missing" in capsys.readouterr().err
+
+
+def test_a_transfer_goes_on_where_it_was(server, tmp_path, monkeypatch):
+    words = ["convert", server.url, str(tmp_path / "s"), "--resume", "--threads", "1"]
+    monkeypatch.setenv("MI_FAULT", "transfer:*:60:raise")
+    assert main(words) != 0
+    monkeypatch.delenv("MI_FAULT")
+    first, server.sent = server.sent, 0
+    assert main(words) == 0
+    assert server.sent < first
+    with open_source(tmp_path / "s") as left, open_source(server.url) as right:
+        assert compare(left, right) == []
