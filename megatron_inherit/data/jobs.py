@@ -12,7 +12,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import forkserver
-from typing import Any, TypeVar
+from multiprocessing.connection import Connection
+from typing import TypeVar
 
 from megatron_inherit.base.errors import MinheritError
 
@@ -101,10 +102,10 @@ def _run_apart(
 ) -> Iterator[Result]:
     start_server(function.__module__)
     context = multiprocessing.get_context("forkserver")
-    queue = context.SimpleQueue()
-    reader = threading.Thread(target=_drain, args=(queue, on_progress), daemon=True)
+    receiver, sender = context.Pipe(duplex=False)
+    reader = threading.Thread(target=_drain, args=(receiver, on_progress), daemon=True)
     reader.start()
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(queue,))
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(sender,))
     try:
         waiting: set[Future[Result]] = {pool.submit(function, task) for task in tasks}
         while waiting:
@@ -119,19 +120,26 @@ def _run_apart(
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-        queue.put(None)
+        sender.send(None)
         reader.join()
+        sender.close()
+        receiver.close()
 
 
-def _drain(queue: Any, on_progress: Report | None) -> None:
-    while (progress := queue.get()) is not None:
+def _drain(receiver: Connection, on_progress: Report | None) -> None:
+    while (progress := receiver.recv()) is not None:
         if on_progress:
             on_progress(progress)
 
 
-def _start_worker(queue: Any) -> None:
+def _start_worker(sender: Connection) -> None:
+    """Lets reports of all workers go through one pipe.
+
+    A report is shorter than what a pipe takes in one piece, so that no lock is needed: a worker that is killed with one
+    in its hands would hold up all others and the parent for ever.
+    """
     global _report  # noqa: PLW0603
-    _report = queue.put
+    _report = sender.send
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_leave_with_parent, daemon=True).start()
