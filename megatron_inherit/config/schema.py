@@ -215,11 +215,12 @@ class DeepSpeedSection(Section):
 
 
 class MegatronSection(Section):
-    """Read with ``engine: megatron`` only.
+    """Read with ``engine: megatron``, but for ``overlap_grad_reduce``, which is DeepSpeed's ``overlap_comm`` too.
 
     Attributes:
         distributed_optimizer: Shards masters and moments over the replicas.
-        overlap_grad_reduce, overlap_param_gather: Hides communication behind computation.
+        overlap_grad_reduce: Reduces gradients while the backward pass goes on.
+        overlap_param_gather: Gathers the weights of the next step while its forward pass goes on.
     """
 
     distributed_optimizer: bool = False
