@@ -16,6 +16,7 @@ def joined(monkeypatch):
     calls = []
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)  # whatever ran in this process before
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **more: calls.append((backend, more.get("rank"))))
     return calls
 
