@@ -26,6 +26,8 @@ LOCK, STATUS = "run.lock", "exit_status.json"
 FOREIGN_LOCK_SECONDS = 300.0
 """Without a sign of life for so long another machine's lock is taken over."""
 TOUCH_SECONDS = 30.0
+LOOK_SECONDS = 5.0
+"""Between two looks at another machine's lock."""
 
 
 def make_writable(folder: Path) -> None:
@@ -87,22 +89,47 @@ class RunLock:
         }
 
     def acquire(self) -> None:
-        """Takes the lock, from a dead holder too.
+        """Takes the lock, from a dead holder too; of one on another machine it waits for a sign of life.
+
+        A job that was killed and is requeued comes back elsewhere before its own lock looks old.
 
         Raises:
             UsageError: Its holder seems to live.
         """
+        holder = self._take()
+        if holder and holder.get("host") != self._mine["host"]:
+            holder = self._outwait(holder)
+        if holder:
+            raise UsageError(
+                f"Another job writes into {self.path.parent}.",
+                got=f"process {holder.get('pid')} on {holder.get('host')}",
+                fix=f"Wait for it, set run.output to another folder, or delete {self.path} if that job is dead.",
+            )
+
+    def _outwait(self, holder: dict[str, Any]) -> dict[str, Any]:
+        """Waits until another machine's lock is old, and takes it; gives its holder back as soon as that one moves."""
+        logger.warning(
+            "Process %s on %s holds %s; waiting for a sign of its life, %g s at most.",
+            holder.get("pid"),
+            holder.get("host"),
+            self.path.parent,
+            FOREIGN_LOCK_SECONDS,
+        )
+        seen = self.path.stat().st_mtime
+        while holder and self.path.stat().st_mtime == seen:
+            time.sleep(LOOK_SECONDS)
+            holder = self._take()
+        return holder
+
+    def _take(self) -> dict[str, Any]:
+        """Takes the lock unless its holder seems to live; gives that holder, or nothing."""
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
         with os.fdopen(descriptor, "r+") as file:
             with contextlib.suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX)
             holder = _parse(file.read())
             if holder and self._lives(holder):
-                raise UsageError(
-                    f"Another job writes into {self.path.parent}.",
-                    got=f"process {holder.get('pid')} on {holder.get('host')}",
-                    fix=f"Wait for it, set run.output to another folder, or delete {self.path} if that job is dead.",
-                )
+                return holder
             if holder:
                 logger.warning("Taking over the lock of process %s on %s.", holder.get("pid"), holder.get("host"))
             file.seek(0)
@@ -110,6 +137,7 @@ class RunLock:
             json.dump(self._mine, file)
             file.flush()
             os.fsync(file.fileno())
+        return {}
 
     def is_held(self) -> bool:
         """Tells whether a holder seems to live; nothing is changed."""

@@ -14,6 +14,7 @@ from megatron_inherit.base.errors import CheckpointError, DiskError, UsageError
 from megatron_inherit.base.faults import fault
 from megatron_inherit.base.processes import process_start
 from megatron_inherit.train import pace as pace_module
+from megatron_inherit.train import run_folder
 from megatron_inherit.train.checkpointing import (
     KeepPolicy,
     list_steps,
@@ -143,12 +144,33 @@ def test_a_lock_is_stale_when_its_process_is_gone_or_silent(tmp_path, holder, ag
     lock.path.write_text("garbage" if holder is None else json.dumps({**lock._mine, "token": "x", **holder}))
     then = lock.path.stat().st_mtime - age
     os.utime(lock.path, (then, then))
+    assert lock.is_held() is not stale
     if stale:
         lock.acquire()
         assert json.loads(lock.path.read_text())["pid"] == os.getpid()
-    else:
-        with pytest.raises(UsageError):
+
+
+@pytest.mark.parametrize("lives", [True, False])
+def test_a_lock_of_another_machine_is_refused_at_a_sign_of_life_and_taken_without_one(tmp_path, monkeypatch, lives):
+    lock, looks = RunLock(tmp_path), []
+    lock.path.write_text(json.dumps({**lock._mine, "token": "x", "host": "elsewhere"}))
+
+    def passes(seconds):
+        looks.append(seconds)
+        then = lock.path.stat().st_mtime
+        if lives and len(looks) == 2:
+            os.utime(lock.path, (then + 30, then + 30))
+        monkeypatch.setattr(run_folder, "clock_of", lambda folder: then + sum(looks))
+
+    monkeypatch.setattr(run_folder.time, "sleep", passes)
+    if lives:
+        with pytest.raises(UsageError, match=r"process \d+ on elsewhere"):
             lock.acquire()
+        assert len(looks) == 2
+    else:
+        lock.acquire()
+        assert json.loads(lock.path.read_text())["token"] == lock._mine["token"]
+        assert sum(looks) == run_folder.FOREIGN_LOCK_SECONDS
 
 
 def test_the_first_named_cause_stays_in_the_exit_status(tmp_path):
