@@ -12,6 +12,7 @@ from megatron_inherit.arch.families import FAMILIES
 from megatron_inherit.arch.model_config import ModelConfig, Rope
 from megatron_inherit.arch.tensors import family_of
 from megatron_inherit.base.errors import CheckpointError
+from megatron_inherit.checkpoint.formats.llama3_rope import llama3_scaling, refuse_lost_scaling
 from megatron_inherit.checkpoint.formats.pickle_machine import Global
 from megatron_inherit.checkpoint.formats.pt_writer import dtype_global
 from megatron_inherit.checkpoint.stream import SinkOptions
@@ -125,13 +126,7 @@ def _family(*, rms: bool, gated: bool, rotary: bool, special: str) -> str:
 def _read_rope(args: Mapping[str, Any]) -> Rope:
     scaling: dict[str, Any] = {}
     if args.get("use_rope_scaling"):
-        scaling = {
-            "rope_type": "llama3",
-            "factor": float(args.get("rope_scaling_factor", 8.0)),
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        }
+        scaling = llama3_scaling(args.get("rope_scaling_factor", 8.0))
     elif (args.get("rotary_seq_len_interpolation_factor") or 1) != 1:
         scaling = {"rope_type": "linear", "factor": float(args["rotary_seq_len_interpolation_factor"])}
     return Rope(
@@ -161,6 +156,7 @@ def args_from_config(config: ModelConfig, options: SinkOptions, *, dtype: str, p
             got=kind,
             fix="Use --format hf, whose config.json has it.",
         )
+    refuse_lost_scaling(config.rope, "Megatron-LM")
     rope, per_stage = config.rope, config.num_layers // (options.pp * options.vpp)
     args: dict[str, Any] = {
         "num_layers": config.num_layers,
@@ -180,7 +176,7 @@ def args_from_config(config: ModelConfig, options: SinkOptions, *, dtype: str, p
         "position_embedding_type": "rope" if rope else "learned_absolute",
         "add_position_embedding": rope is None,
         "use_rotary_position_embeddings": rope is not None,
-        "rotary_base": int(rope.theta) if rope else 10000,
+        "rotary_base": _number(rope.theta) if rope else 10000,
         "rotary_percent": rope.fraction if rope else 1.0,
         "rotary_interleaved": False,
         "rotary_seq_len_interpolation_factor": rope.scaling["factor"] if rope and kind == "linear" else None,
@@ -198,6 +194,11 @@ def args_from_config(config: ModelConfig, options: SinkOptions, *, dtype: str, p
         "num_experts": None,
     }
     return args | _run_fields(options, dtype, per_stage) | {OWN: config.to_json()}
+
+
+def _number(value: float) -> int | float:
+    """Gives an integer where it is one: Megatron-LM's option is an integer, its checkpoints may hold any number."""
+    return int(value) if value == int(value) else value
 
 
 def _run_fields(options: SinkOptions, dtype: str, per_stage: int) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from megatron_inherit.base.atomic import write_json
 from megatron_inherit.base.errors import CheckpointError, UsageError
 from megatron_inherit.checkpoint.extents import Extent
 from megatron_inherit.checkpoint.formats.bind import bind_tensors, common_dtype, in_order
+from megatron_inherit.checkpoint.formats.llama3_rope import llama3_scaling, refuse_lost_scaling
 from megatron_inherit.checkpoint.formats.pickle_reader import read_torch
 from megatron_inherit.checkpoint.formats.pt_writer import Blank, create_archives, lay_out, patch_checksums
 from megatron_inherit.checkpoint.layout import LayoutRow, physical_tensors, stack, with_axis
@@ -45,7 +46,9 @@ ROWS = (
     LayoutRow("norm.weight", ("final_norm.weight",)),
     LayoutRow("output.weight", ("head.weight",)),
 )
-_LLAMA3_SCALING = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+_SCALING_FACTORS = {(2048, 16): 32.0, (3072, 28): 32.0}
+"""(width, depth) of the published LLaMA 3.2 models -> their scaling of rotary positions, which no params.json says."""
+_SCALING_FACTOR = 8.0
 _EMBEDDING_AXES = {"llama2": 1, "llama3": 0}
 
 
@@ -161,6 +164,7 @@ def _params(config: ModelConfig) -> dict[str, Any]:
     if rope.scaling.get("rope_type") == "llama3":
         params["use_scaled_rope"] = True
         params["rope_scaling_factor"] = rope.scaling["factor"]
+        refuse_lost_scaling(rope, "Meta's format")
     elif rope.scaling:
         raise CheckpointError("Meta's format knows no rope scaling but LLaMA 3's.", got=dict(rope.scaling))
     return params
@@ -183,7 +187,8 @@ def _config(params: Mapping[str, Any], shards: list[dict[str, Extent]], folder: 
         rows = embedding[0] if embedding[1] != hidden or tp == 1 else embedding[0] * tp
         theta = float(params.get("rope_theta", 10000.0))
         scaled = bool(params.get("use_scaled_rope"))
-        scaling = {"rope_type": "llama3", "factor": float(params.get("rope_scaling_factor", 8)), **_LLAMA3_SCALING}
+        published = _SCALING_FACTORS.get((hidden, params["n_layers"]), _SCALING_FACTOR)
+        scaling = llama3_scaling(params.get("rope_scaling_factor") or published) if scaled else {}
         config = ModelConfig(
             family="llama",
             num_layers=params["n_layers"],
@@ -196,7 +201,7 @@ def _config(params: Mapping[str, Any], shards: list[dict[str, Extent]], folder: 
             max_positions=_positions(params, theta, scaled=scaled),
             norm_eps=float(params.get("norm_eps", 1e-5)),
             tied="output.weight" not in first,
-            rope=Rope(theta=theta, scaling=scaling if scaled else {}),
+            rope=Rope(theta=theta, scaling=scaling),
         )
     except (KeyError, TypeError, IndexError) as error:
         raise CheckpointError(f"{folder / PARAMS} or its shards lack {error}.") from error

@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron_inherit.arch.model_config import Rope
 from megatron_inherit.base.errors import CheckpointError
 from megatron_inherit.checkpoint.formats import megatron_legacy
 from megatron_inherit.checkpoint.formats.megatron_args import OWN, args_from_config, config_from_args
@@ -386,6 +387,12 @@ def test_linear_scaling_of_rotary_positions_is_told_in_megatrons_words():
     assert args["rotary_seq_len_interpolation_factor"] == 4.0
     del args[OWN]
     assert config_from_args(args, where="run").rope == config.rope
+
+
+def test_a_rotary_base_is_written_whole():
+    for theta, kind in ((500000.0, int), (8317.25, float)):
+        args = args_from_config(llama(rope=Rope(theta=theta)), SinkOptions(), dtype="F32", padded_vocab=256)
+        assert (args["rotary_base"], type(args["rotary_base"])) == (theta, kind)
 
 
 def test_scaling_that_megatron_does_not_have_is_refused():

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from megatron_inherit.base.errors import CheckpointError
+from megatron_inherit.checkpoint.extents import Extent
 from megatron_inherit.checkpoint.formats import meta
+from megatron_inherit.checkpoint.formats.llama3_rope import llama3_scaling
 from tests.support.checkpoints import (
     FAMILIES,
     assert_equal,
@@ -137,6 +139,31 @@ def test_llama3_scaling_survives(tmp_path):
     write_checkpoint(tmp_path, config, random_arrays(config), "meta")
     (tmp_path / meta.OWN).unlink()
     assert meta.open_source(str(tmp_path)).config == config
+
+
+OTHER_SCALINGS = [("low_freq_factor", 2.0), ("high_freq_factor", 8.0), ("original_max_position_embeddings", 4096)]
+
+
+@pytest.mark.parametrize("format", ["meta", "megatron", "torch_dist"])
+@pytest.mark.parametrize(("name", "value"), OTHER_SCALINGS)
+def test_scaling_whose_numbers_readers_do_not_take_from_the_files_is_refused(tmp_path, format, name, value):
+    rope = llama3_scaling(8.0) | {name: value}
+    config = llama(rope=llama().rope.__class__(theta=500000.0, scaling=rope))
+    with pytest.raises(CheckpointError, match=f"no place for {name} of this model's llama3 rope scaling"):
+        write_checkpoint(tmp_path / "out", config, random_arrays(config), format)
+    assert not (tmp_path / "out").exists()
+    write_checkpoint(tmp_path / "hf", config, random_arrays(config), "hf")
+
+
+@pytest.mark.parametrize(("hidden", "layers", "factor"), [(2048, 16, 32.0), (3072, 28, 32.0), (4096, 32, 8.0)])
+def test_published_models_have_their_scaling(tmp_path, hidden, layers, factor):
+    shard = {
+        "tok_embeddings.weight": Extent.dense("f", 0, "BF16", (128256, hidden)),
+        "layers.0.feed_forward.w1.weight": Extent.dense("f", 0, "BF16", (8192, hidden)),
+    }
+    params = {"dim": hidden, "n_heads": 32, "n_kv_heads": 8, "n_layers": layers, "rope_theta": 500000.0}
+    config = meta._config(params | {"use_scaled_rope": True}, [shard], tmp_path)
+    assert config.rope.scaling == llama3_scaling(factor)
 
 
 class TestRefusals:
