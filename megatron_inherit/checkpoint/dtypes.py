@@ -33,6 +33,11 @@ TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bf
 """Name of a weight type in torch, as ``config.json`` spells it."""
 
 
+LARGEST = {"F64": 1.7976931348623157e308, "F32": 3.4028234663852886e38, "BF16": 3.3895313892515355e38, "F16": 65504.0}
+"""Largest number of each weight type."""
+_INFINITY = {"BF16": 0x7F80, "F16": 0x7C00}
+
+
 def parse_dtype(text: str) -> str:
     """Reads a type as people write it (``bf16``, ``float32``, ``F16``).
 
@@ -62,9 +67,30 @@ def cast(values: np.ndarray, source: str, target: str) -> np.ndarray:
         raise CheckpointError(f"Elements of type {source} cannot be cast to {target}.")
     if target == "F64":
         return _to_float32(values, source).astype(np.float64)
-    floats = values if source == "F64" and target == "F32" else _to_float32(values, source)
     with np.errstate(over="ignore"):
+        floats = values if source == "F64" and target == "F32" else _to_float32(values, source)
         return _to_bfloat16(floats) if target == "BF16" else floats.astype(CARRIERS[target])
+
+
+def overflow(values: np.ndarray, source: str, result: np.ndarray, target: str) -> np.ndarray:
+    """Gives the finite values that a cast made infinite.
+
+    Args:
+        values: What was cast, of ``CARRIERS[source]``.
+        source: Its type.
+        result: What ``cast`` gave.
+        target: Its type.
+
+    Returns:
+        The values, one-dimensional float64; empty as a rule, for which the result is looked at and nothing else.
+    """
+    if LARGEST[source] <= LARGEST[target]:
+        return np.empty(0)
+    infinite = np.isinf(result) if target == "F32" else (result.view(np.uint16) & 0x7FFF) == _INFINITY[target]
+    if not infinite.any():
+        return np.empty(0)
+    found = cast(values[infinite], source, "F64") if source != "F64" else values[infinite]
+    return found[np.isfinite(found)]
 
 
 def _to_float32(values: np.ndarray, source: str) -> np.ndarray:

@@ -13,7 +13,7 @@ import xxhash
 
 from megatron_inherit.arch.tensors import TensorSpec
 from megatron_inherit.base.errors import CheckpointError, PlanError
-from megatron_inherit.checkpoint.dtypes import CARRIERS, cast
+from megatron_inherit.checkpoint.dtypes import CARRIERS, LARGEST, cast, overflow
 from megatron_inherit.checkpoint.extents import Shape
 from megatron_inherit.checkpoint.files import FilePool
 from megatron_inherit.checkpoint.formats.safetensors_file import read_header
@@ -59,7 +59,17 @@ class Mover:
     _buffers: threading.local = dataclasses.field(default_factory=threading.local)
 
     def run(self, op: Op) -> TensorHash:
-        """Writes one tensor and gives the hash of what was written."""
+        """Writes one tensor and gives the hash of what was written.
+
+        Raises:
+            CheckpointError: A value is too large for the type it is cast to.
+        """
+        self._buffers.lost = []
+        entry = self._run(op)
+        _refuse_lost(op, self._buffers.lost)
+        return entry
+
+    def _run(self, op: Op) -> TensorHash:
         target, beside = self.targets[op.target], self.targets.get(f"{BESIDE}{op.target}")
         if beside is not None:
             return self._pack(op, target, beside)
@@ -115,7 +125,7 @@ class Mover:
         wide = TRANSPOSED_BYTES // self.threads if op.dtype == stored.dtype else 0
         for start, shape in row_tiles(stored, target, transposed_bytes=wide):
             values = read_box(self._source().pool, stored, start, shape, self._buffer(stored, shape))
-            yield start, cast(values, stored.dtype, op.dtype)
+            yield start, self._cast(values, stored.dtype, op.dtype)
 
     def _copy_box(self, op: Copy, stored: StoredTensor, box: Sequence[tuple[int, int]]) -> Iterator[Tile]:
         step = max(1, TILE_BYTES // max(1, stored.nbytes // stored.shape[0]))
@@ -123,7 +133,7 @@ class Mover:
             start = (first, *(low for low, _ in box[1:]))
             shape = (min(step, box[0][1] - first), *(high - low for low, high in box[1:]))
             values = read_box(self._source().pool, stored, start, shape)
-            yield (first - box[0][0], *(0,) * (len(box) - 1)), cast(values, stored.dtype, op.dtype)
+            yield (first - box[0][0], *(0,) * (len(box) - 1)), self._cast(values, stored.dtype, op.dtype)
 
     def _draw(self, op: Init) -> Iterator[Tile]:
         spec = dataclasses.replace(self.specs[op.target.rpartition(":")[2]], init=op.init)
@@ -155,7 +165,7 @@ class Mover:
                 raise CheckpointError(f"{op.file}: {op.name} has the wrong shape.", got=extent.shape, expected=op.shape)
             stored = dense_tensor(op.file, extent.offset, extent.dtype, extent.shape)
             for start, shape in row_tiles(stored, target):
-                yield start, cast(read_box(pool, stored, start, shape), stored.dtype, op.dtype)
+                yield start, self._cast(read_box(pool, stored, start, shape), stored.dtype, op.dtype)
         finally:
             pool.close()
 
@@ -163,11 +173,18 @@ class Mover:
         result = apply(op.function, self._inputs(op), dict(op.arguments))
         if result.shape != op.shape:
             raise PlanError(f"{op.describe()} gives {op.target} the wrong shape.", got=result.shape, expected=op.shape)
-        yield (0,) * len(op.shape), cast(result.astype(np.float64), "F64", op.dtype)
+        yield (0,) * len(op.shape), self._cast(result.astype(np.float64), "F64", op.dtype)
 
     def _inputs(self, op: Compute) -> list[np.ndarray]:
         found = (self._source().read(name) for name in op.sources)
         return [cast(raw.array(), raw.dtype, "F64") for raw in found]
+
+    def _cast(self, values: np.ndarray, source: str, target: str) -> np.ndarray:
+        """Casts a tile, and keeps in mind what of it became infinite."""
+        result = cast(values, source, target)
+        if source != target and (lost := overflow(values, source, result, target)).size:
+            self._buffers.lost.append((lost.size, float(np.abs(lost).max())))
+        return result
 
     def _buffer(self, stored: StoredTensor, shape: Shape) -> np.ndarray:
         """Gives this thread's buffer, seen as a tile; the same memory serves every tile of a thread."""
@@ -182,3 +199,16 @@ class Mover:
         if self.source is None:
             raise PlanError("The plan reads a source and none was opened.")
         return self.source
+
+
+def _refuse_lost(op: Op, lost: Sequence[tuple[int, float]]) -> None:
+    """Refuses a tensor of which a cast made finite values infinite, given as (number, largest magnitude) a tile."""
+    if not lost:
+        return
+    count, numel = sum(number for number, _ in lost), math.prod(op.shape)
+    raise CheckpointError(
+        f"{op.target}: {count} of {numel} values are beyond the range of {op.dtype} and would become infinite.",
+        got=f"{max(largest for _, largest in lost):.6g} as the largest magnitude",
+        expected=f"at most {LARGEST[op.dtype]:.6g}",
+        fix="Write --dtype bf16, which has the range of fp32, or --dtype fp32.",
+    )

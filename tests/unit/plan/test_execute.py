@@ -92,6 +92,35 @@ def test_bfloat16_specials():
     assert cast(found[1:], "BF16", "F32").tolist() == [np.inf, -np.inf, 0.0, -0.0, 1.0, 1.015625, np.inf]
 
 
+@pytest.mark.parametrize(
+    ("stored", "target", "large"), [("F32", "F16", 1e5), ("F32", "BF16", 3.4e38), ("BF16", "F16", -7e4)]
+)
+def test_values_beyond_the_range_of_a_type_are_refused(arrays, tmp_path, stored, target, large):
+    changed = {name: values.copy() for name, values in arrays.items()}
+    changed["layers.1.mlp.up.weight"][[0, 40], [3, 5]] = large
+    changed["layers.1.mlp.up.weight"][2, 2] = np.inf  # it was so before
+    folder = tmp_path / "teacher"
+    write_checkpoint(folder, llama(), {n: cast(v, "F32", stored) for n, v in changed.items()}, "hf", dtype=stored)
+    for write in ("hf", "megatron"):
+        with open_source(folder) as source:
+            plan = plan_conversion(source, dtype=target, layout=Layout(format=write))
+            with pytest.raises(
+                CheckpointError, match=f"up.weight: 2 of 1536 values are beyond .* of {target}"
+            ) as refusal:
+                execute(plan, tmp_path / "s", source=source)
+        assert f"{abs(large):.0e}"[0] == str(refusal.value.got)[0]
+        assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
+
+
+def test_values_within_the_range_and_infinities_are_cast_in_silence(arrays, tmp_path):
+    changed = arrays | {"final_norm.weight": np.full(32, 65504.0, np.float32)}
+    changed["final_norm.weight"][:3] = np.inf, -np.inf, np.nan
+    write_checkpoint(tmp_path / "teacher", llama(), changed, "hf")
+    with open_source(tmp_path / "teacher") as source:
+        found = run(plan_conversion(source, dtype="F16"), tmp_path / "s", source=source)
+    assert np.array_equal(found["final_norm.weight"], changed["final_norm.weight"].astype(np.float16), equal_nan=True)
+
+
 def test_boxes_ties_functions_and_files(teacher, arrays, tmp_path):
     with open_source(teacher) as source:
         plan = plan_conversion(source)
