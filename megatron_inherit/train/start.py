@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from megatron_inherit.config.load import config_hash, to_yaml
 from megatron_inherit.distill.cache import hash_values
 from megatron_inherit.plan.execute import RECORD
 from megatron_inherit.train.preflight import RunPlan
+from megatron_inherit.train.state import RunState
 
 if TYPE_CHECKING:
     from megatron_inherit.train.session import Session
@@ -52,6 +53,37 @@ def refuse_other_start(plan: RunPlan) -> None:
     values = _sampled_values(plan)
     if values and began.get("values", values) != values and not _went_on(plan, began):
         _refuse("model.path", "from other weights than this folder holds now", plan.output, path, before)
+
+
+def refuse_other_length(plan: RunPlan, state: RunState, skipped: Sequence[tuple[int, int]]) -> None:
+    """Makes sure that the steps that are left bring a run to the length of its recipe.
+
+    Args:
+        plan: The resolved recipe.
+        state: Where the run stands.
+        skipped: Samples that were given up; where there are some, the batches before cannot be told from the position.
+
+    Raises:
+        ConfigError: The run is beyond its end, or its token budget would be met by steps of another batch.
+    """
+    train = plan.config.train
+    key = "train.steps" if train.budget is None else "train.budget"
+    if state.step > plan.total_steps:
+        raise ConfigError(
+            f"{key}: the run in {plan.output} is longer already.",
+            got=f"{plan.total_steps} steps",
+            expected=f"at least {state.step}",
+            fix=f"Raise {key} (or set train.global_batch back), or set run.output to another folder.",
+        )
+    expected = plan.batches.samples_after(state.step)
+    if train.budget is not None and not skipped and state.samples != expected:
+        raise ConfigError(
+            f"train.global_batch: the run in {plan.output} was trained with another one (or another train.batch_ramp), "
+            f"and {plan.total_steps} steps of this one do not meet train.budget.",
+            got=f"{state.samples} samples in {state.step} steps",
+            expected=f"{expected} samples",
+            fix="Set it back; or set train.budget=null and train.steps to the last step of the changed run.",
+        )
 
 
 def _refuse(key: str, what: str, folder: Path, got: str, expected: str) -> None:

@@ -17,6 +17,7 @@ from megatron_inherit.train import metrics, resume
 from megatron_inherit.train.checkpointing import SaveReport, list_steps, retire, step_folder
 from megatron_inherit.train.pace import unequal_ranks
 from megatron_inherit.train.session import Session, forget_skipped, write_skipped
+from megatron_inherit.train.start import refuse_other_length
 from megatron_inherit.train.state import RunState
 from megatron_inherit.train.validation import window_losses
 
@@ -28,6 +29,7 @@ def begin(run: Session) -> RunState:
     run.watchdog.progress(0, "restore")
     found = resume.find_checkpoint(run.checkpoints, run.engine) if run.resume == "auto" else None
     state = RunState() if found is None else resume.restore(found, run.engine, run.identity)
+    refuse_other_length(run.plan, state, run.skipped)
     if run.is_first:
         metrics.trim(run.plan.output, state.step if found else -1)
         facts = {"world_size": run.plan.world_size, "engine": run.plan.config.engine, "resumed": found is not None}
@@ -114,6 +116,7 @@ def save_if_due(run: Session, state: RunState, stopping: bool) -> None:
         "tokens": state.tokens,
         "config_hash": config_hash(run.plan.config),
         "engine": run.plan.config.engine,
+        "adam": [run.plan.config.optimizer.beta1, run.plan.config.optimizer.beta2, run.plan.config.optimizer.eps],
     }
     keep(run, state.step, lambda: run.saver.save(state.step, stored, facts), must=stopping or last)
     if stopping or last:
