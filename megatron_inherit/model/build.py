@@ -51,12 +51,15 @@ class DecoderConfig(TransformerConfig):
         norm_bias, out_bias: Whether norms and the attention's output projection have biases.
         residual: Whether blocks add their input to what they compute.
         recompute: ``none``, ``selective`` or ``full``, see ``engines.base.EngineOptions``.
+        reentrant: Whether Megatron-Core's recomputation does it, in a backward pass of its own for each block, or
+            torch's non-reentrant one, within the only backward pass.
     """
 
     norm_bias: bool = False
     out_bias: bool = False
     residual: bool = True
     recompute: str = "none"
+    reentrant: bool = False
 
 
 def decoder_config(

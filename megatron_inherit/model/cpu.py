@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel import random as megatron_random
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
@@ -58,13 +59,23 @@ class _NoStream:
         pass
 
 
-_REPLACED: dict[str, Any] = {
-    "current_device": lambda: _CPU,
-    "synchronize": lambda *args, **kwargs: None,
-    "current_stream": lambda *args, **kwargs: _NoStream(),
-    "stream": lambda stream: contextlib.nullcontext(),
-    "Stream": _NoStream,
-    "Event": _NoStream,
+def _get_random_state(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_random_state(state: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    torch.set_rng_state(state)
+
+
+_REPLACED: dict[tuple[Any, str], Any] = {
+    (torch.cuda, "current_device"): lambda: _CPU,
+    (torch.cuda, "synchronize"): lambda *args, **kwargs: None,
+    (torch.cuda, "current_stream"): lambda *args, **kwargs: _NoStream(),
+    (torch.cuda, "stream"): lambda stream: contextlib.nullcontext(),
+    (torch.cuda, "Stream"): _NoStream,
+    (torch.cuda, "Event"): _NoStream,
+    (torch.cuda.random, "get_rng_state"): _get_random_state,
+    (megatron_random, "_set_cuda_rng_state"): _set_random_state,
 }
 _depth = 0
 
@@ -76,14 +87,14 @@ def cuda_means_cpu() -> Iterator[None]:
     if torch.cuda.is_available() or _depth:
         yield
         return
-    saved = {name: getattr(torch.cuda, name) for name in _REPLACED}
-    for name, value in _REPLACED.items():
-        setattr(torch.cuda, name, value)
+    saved = {place: getattr(*place) for place in _REPLACED}
+    for place, value in _REPLACED.items():
+        setattr(*place, value)
     _depth += 1
     try:
         with _CudaMeansCpu():
             yield
     finally:
         _depth -= 1
-        for name, value in saved.items():
-            setattr(torch.cuda, name, value)
+        for place, value in saved.items():
+            setattr(*place, value)

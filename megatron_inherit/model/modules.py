@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
@@ -15,6 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from megatron_inherit.kernels.dispatch import gelu_tanh, swiglu
 from megatron_inherit.model.attention import Attention, Tables
 from megatron_inherit.model.norm import Norm
+
+SELECTED = frozenset({"pre_mlp_layernorm", "mlp"})
+"""The children of a layer that selective recomputation computes anew."""
 
 
 class Mlp(MegatronModule):
@@ -76,18 +81,35 @@ class Layer(MegatronModule, BaseTransformerLayer):
         self.pre_mlp_layernorm = Norm(config, config.hidden_size, config.layernorm_epsilon)
         self.mlp = Mlp(config, pg_collection)
 
-    def _block(self, hidden: torch.Tensor, mask: torch.Tensor | None, tables: Tables | None) -> torch.Tensor:
+    def recomputes(self, child: str) -> bool:
+        """Tells whether the backward pass computes a child of this layer anew."""
+        return self.config.recompute == "full" or (self.config.recompute == "selective" and child in SELECTED)
+
+    def _recomputed(self, function: Callable[..., torch.Tensor], *inputs: torch.Tensor | None) -> torch.Tensor:
+        """Calls a function and keeps its inputs only, so that the backward pass computes it anew."""
+        if self.config.reentrant:
+            return tensor_parallel.checkpoint(function, False, *inputs)
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+    def _block(
+        self,
+        hidden: torch.Tensor,
+        mask: torch.Tensor | None,
+        cos: torch.Tensor | None = None,
+        sin: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        tables = None if cos is None or sin is None else (cos, sin)
         attended = self.self_attention(self.input_layernorm(hidden), mask, tables)
-        if not self.config.residual:
-            return self._mlp(attended)
         if self.config.recompute == "selective" and torch.is_grad_enabled():
-            hidden = attended + hidden
-            return hidden + checkpoint(self._mlp, hidden, use_reentrant=False, preserve_rng_state=False)
+            return self._recomputed(self._second_half, attended + hidden if self.config.residual else attended)
+        if not self.config.residual:
+            return self._second_half(attended)
         normed, hidden = self.pre_mlp_layernorm.add(attended, hidden)
         return hidden + self.mlp(normed)
 
-    def _mlp(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.mlp(self.pre_mlp_layernorm(hidden))
+    def _second_half(self, hidden: torch.Tensor) -> torch.Tensor:
+        out = self.mlp(self.pre_mlp_layernorm(hidden))
+        return hidden + out if self.config.residual else out
 
     def forward(
         self,
@@ -97,7 +119,7 @@ class Layer(MegatronModule, BaseTransformerLayer):
         **unused: Any,
     ) -> tuple[torch.Tensor, None]:
         """Maps [sequence, batch, hidden] to the same shape; the second value is Megatron-Core's unused context."""
-        arguments = hidden_states, attention_mask, rotary_pos_emb
+        inputs = hidden_states, attention_mask, *(rotary_pos_emb or ())
         if self.config.recompute == "full" and torch.is_grad_enabled():
-            return checkpoint(self._block, *arguments, use_reentrant=False, preserve_rng_state=False), None
-        return self._block(*arguments), None
+            return self._recomputed(self._block, *inputs), None
+        return self._block(*inputs), None

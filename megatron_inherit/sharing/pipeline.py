@@ -9,7 +9,7 @@ Leaving any one of them out trains a different model and says nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -193,29 +193,3 @@ def hash_values(tensors: Iterable[torch.Tensor]) -> str:
     for tensor in tensors:
         state.update(tensor.detach().contiguous().cpu().view(torch.uint8).reshape(-1).numpy().data)
     return state.hexdigest()
-
-
-def check_hook_counts(chunks: Sequence[Any]) -> None:
-    """Checks, after the first step, that overlapped reduction waits for each parameter's last gradient.
-
-    Megatron-Core counts in the first step how often each parameter's gradient hook fires, and keeps the counts when the
-    second one begins. Non-reentrant recomputation fires it once however often a layer is applied; any other count
-    means that a reduction may start too early.
-
-    Args:
-        chunks: Megatron-Core's DistributedDataParallel modules of this rank, after their first backward pass.
-
-    Raises:
-        ConfigError: A hook fired more than once, or never.
-    """
-    for chunk in chunks:
-        names = {id(parameter): name for name, parameter in chunk.named_parameters()}
-        for bucket_group in chunk.bucket_groups:
-            counts = bucket_group.golden_per_param_grad_ready_counts or bucket_group.per_param_grad_ready_counts
-            for parameter in bucket_group.params:
-                if (count := counts.get(parameter, 0)) != 1:
-                    raise ConfigError(
-                        f"The gradient hook of {names.get(id(parameter), 'a parameter')} fires {count} times a step.",
-                        expected="once",
-                        fix="Use non-reentrant recomputation, or turn overlap_grad_reduce off.",
-                    )

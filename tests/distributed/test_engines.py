@@ -28,6 +28,7 @@ LONG = {
         "pp4-vpp2": ("megatron", {"pp": 4, "vpp": 2, "micro_batch": 2}),
     },
 }
+OVERLAPPED = {"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
 SHORT = {
     2: {
         "dp2": ("megatron", {}),
@@ -37,10 +38,11 @@ SHORT = {
         "pp2-vpp2": ("megatron", {"pp": 2, "vpp": 2, "micro_batch": 2}),
         "pp2-uneven": ("megatron", {"pp": 2, "first_stage_layers": 3, "last_stage_layers": 5}),
         "pp2-recompute": ("megatron", {"pp": 2, "recompute": "full"}),
-        "dp2-overlap": (
-            "megatron",
-            {"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True},
-        ),
+        "dp2-overlap": ("megatron", OVERLAPPED),
+        "dp2-overlap-recompute": ("megatron", OVERLAPPED | {"recompute": "full"}),
+        "tp2-sp-recompute": ("megatron", {"tp": 2, "sequence_parallel": True, "recompute": "full"}),
+        "cp2-recompute": ("megatron", {"cp": 2, "recompute": "full"}),
+        "pp2-vpp2-selective": ("megatron", {"pp": 2, "vpp": 2, "micro_batch": 2, "recompute": "selective"}),
         "selective": ("megatron", {"recompute": "selective"}),
         "zero3-recompute": ("deepspeed", {"zero_stage": 3, "recompute": "full"}),
         "zero2-offload": ("deepspeed", {"zero_stage": 2, "offload": "optimizer"}),

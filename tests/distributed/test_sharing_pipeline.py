@@ -13,6 +13,8 @@ CASES = {
     "a": Case("2,2", pp=2),
     "a, distributed optimizer, overlap": Case("2,2", pp=2, distributed_optimizer=True, overlap=True),
     "a, recompute, overlap": Case("2,2", pp=2, overlap=True, recompute="full", distributed_optimizer=True),
+    "b, recompute, overlap": Case("4", pp=2, overlap=True, recompute="full", distributed_optimizer=True),
+    "c, recompute, overlap": Case("each:8:2", pp=4, vpp=2, overlap=True, recompute="selective"),
     "one rank, uneven": Case("1,3"),
     "a, uneven": Case("1,3", pp=2),
     "one rank, hierarchical": Case("attn=2,2;mlp=4;norm=unshared:4"),
@@ -45,6 +47,8 @@ def outcomes(tmp_path_factory):
         ("a", "one rank, 2 stages"),
         ("a, distributed optimizer, overlap", "one rank, 2 stages"),
         ("a, recompute, overlap", "one rank, 2 stages"),
+        ("b, recompute, overlap", "one rank, 1 stage"),
+        ("c, recompute, overlap", "one rank, 8 stages"),
         ("a, uneven", "one rank, uneven"),
         ("b, hierarchical", "one rank, hierarchical"),
         ("b", "one rank, 1 stage"),
@@ -84,9 +88,18 @@ def test_a_missing_mark_shows_in_the_norm(outcomes):
 
 
 @pytest.mark.slow
-def test_hooks_fire_once_a_parameter_with_overlap(outcomes):
-    assert outcomes["a, recompute, overlap"].hooks == "once"
-    assert outcomes["a, distributed optimizer, overlap"].hooks == "once"
+def test_a_gradient_comes_in_as_many_parts_as_uses_are_recomputed(outcomes):
+    """Ranks 0 have two layers of their stage, and the embedding, which nothing recomputes."""
+    for name, attention, mlp in (
+        ("a, distributed optimizer, overlap", 1, 1),
+        ("a, recompute, overlap", 2, 2),
+        ("b, recompute, overlap", 2, 2),
+        ("c, recompute, overlap", 1, 2),
+    ):
+        hooks = outcomes[name].hooks
+        assert hooks["embedding.word_embeddings.weight"] == 1
+        assert hooks["decoder.layers.0.self_attention.linear_qkv.weight"] == attention, name
+        assert hooks["decoder.layers.0.mlp.linear_fc1.weight"] == mlp, name
 
 
 @pytest.mark.slow

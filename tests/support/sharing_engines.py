@@ -26,7 +26,7 @@ class Case:
         save: Folder to write the final training state to.
         restore: Folder to start from instead of fresh weights.
         spoil: Changes a weight on the last pipeline rank after the steps; one more step follows.
-        reentrant: Recomputes as Megatron-Core's own checkpoints do.
+        reentrant: Recomputes with torch's reentrant checkpoints where the engine does not.
         untie: Finer plan that the stages are split into after the steps, by way of ``save``; as many steps follow.
     """
 

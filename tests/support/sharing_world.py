@@ -31,7 +31,7 @@ class Case:
 
 @dataclass
 class Outcome:
-    """What a case gave; ``tie_bytes`` and ``replica_bytes`` are gradients handed to all-reduces in its first step."""
+    """What a case gave; bytes handed to all-reduces and parts of gradients (``hooks``) are of its first step."""
 
     losses: list[float]
     norms: list[float]
@@ -40,7 +40,7 @@ class Outcome:
     refused: str = ""
     tie_bytes: int = 0
     replica_bytes: int = 0
-    hooks: str = ""
+    hooks: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def tiny(layers: int):
@@ -93,6 +93,7 @@ class World:
             parallel,
             dtype=DTYPES[case.dtype],
             recompute=case.recompute,
+            reentrant=True,
             pipeline_model_parallel_layout=layout.layout() if case.pp > 1 else None,
             overlap_p2p_comm=case.vpp > 1,
             batch_p2p_comm=case.vpp == 1,
@@ -195,6 +196,15 @@ class World:
         finally:
             dist.all_reduce = plain
 
+    def hook_counts(self) -> dict[str, int]:
+        """Gives how often Megatron-Core counted each parameter's gradient in the first step, by name."""
+        found = {}
+        for chunk in self.ddp:
+            names = {parameter: name for name, parameter in chunk.module.named_parameters()}
+            for group in chunk.bucket_groups:
+                found |= {names[parameter]: count for parameter, count in group.per_param_grad_ready_counts.items()}
+        return found
+
     def drift(self) -> float:
         import torch
         import torch.distributed as dist
@@ -212,7 +222,7 @@ def run_case(case: Case) -> Outcome:
 
     from megatron_inherit.base.errors import MinheritError
     from megatron_inherit.model.cpu import cuda_means_cpu
-    from megatron_inherit.sharing.pipeline import check_hook_counts
+    from megatron_inherit.sharing.hooks import check_hook_counts
 
     outcome = Outcome([], [])
     try:
@@ -229,7 +239,7 @@ def run_case(case: Case) -> Outcome:
         outcome.norms.append(norm)
         if step == 0 and case.overlap:
             check_hook_counts(world.ddp)
-            outcome.hooks = "once"
+            outcome.hooks = world.hook_counts()
     outcome.drift = world.drift()
     try:
         world.ties.check(case.steps)

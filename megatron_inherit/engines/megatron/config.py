@@ -45,6 +45,7 @@ def model_fields(options: EngineOptions) -> dict[str, Any]:
         "batch_p2p_comm": options.pp > 1 and options.vpp == 1,
         "variable_seq_lengths": False,
         "deterministic_mode": False,
+        "reentrant": True,
     }
 
 

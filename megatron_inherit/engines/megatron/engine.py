@@ -28,8 +28,9 @@ from megatron_inherit.model.cpu import cuda_means_cpu
 from megatron_inherit.model.groups import leave_processes, make_groups, start_processes
 from megatron_inherit.model.language_model import LanguageModel
 from megatron_inherit.model.load import Reader, load_chunk
+from megatron_inherit.sharing.hooks import check_hook_counts
 from megatron_inherit.sharing.options import Sharing
-from megatron_inherit.sharing.pipeline import check_hook_counts, tie_stages
+from megatron_inherit.sharing.pipeline import tie_stages
 from megatron_inherit.sharing.regularise import keep_zeros, soft_tie
 from megatron_inherit.sharing.relax import share_model
 from megatron_inherit.sharing.stage_plan import unshared
