@@ -27,9 +27,11 @@ def cross_entropy(
     base = LOGITS + program * stride
     label = tl.load(COLUMN + program)
     if STATISTICS:
+        # read before the barriers of the reductions: behind them another warp may have put the gradient in its place
+        target = tl.load(base + label, mask=label >= 0, other=0.0).to(tl.float32)
         normaliser = row.logsumexp(base, stride, valid, 1.0, BLOCK)
         tl.store(NORMALISER + program, normaliser)
-        tl.store(TARGET + program, tl.load(base + label, mask=label >= 0, other=0.0).to(tl.float32))
+        tl.store(TARGET + program, target)
     else:
         normaliser = tl.load(NORMALISER + program)
     if GRADIENT:

@@ -85,13 +85,15 @@ def divergence(
     stride = tl.minimum(student_stride, teacher_stride)
     label = tl.load(COLUMN + program)
     if STATISTICS:
+        # read before the barriers of the reductions: behind them another warp may have put the gradient in its place
+        target = tl.load(student + label, mask=label >= 0, other=0.0).to(tl.float32)
         s_norm, t_norm, mean = _statistics(student, teacher, stride, valid, factor, KIND, BLOCK)
         tl.store(result, s_norm)
         tl.store(result + count, t_norm)
         tl.store(result + 2 * count, mean)
         hard_norm = row.logsumexp(student, stride, valid, 1.0, BLOCK) if HARD else s_norm
         tl.store(result + 4 * count, hard_norm)
-        tl.store(result + 5 * count, tl.load(student + label, mask=label >= 0, other=0.0).to(tl.float32))
+        tl.store(result + 5 * count, target)
     else:
         s_norm, t_norm, mean = tl.load(result), tl.load(result + count), tl.load(result + 2 * count)
         hard_norm = tl.load(result + 4 * count)

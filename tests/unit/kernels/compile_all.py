@@ -24,6 +24,8 @@ from triton.runtime import driver, jit
 
 TOOLS = Path(nvidia.__file__).parent / "bin"
 HIDDEN, FFN, VOCAB, HEADS, HEAD_DIM = 3200, 8640, 32000, 32, 100
+UNORDERED = re.compile(r"ld\.global\.b16(?:(?!bar\.sync).)*st\.global\.v4", re.DOTALL)
+"""A single bfloat16 is read, and no barrier stands before the vectors that are written behind it."""
 compiled: list[tuple[str, object]] = []
 
 
@@ -65,6 +67,7 @@ def report(name: str, kernel, case: str, capability: int) -> dict:
         "warps": kernel.metadata.num_warps,
         "registers": int(found[1]),
         "shared": kernel.metadata.shared,
+        "reads_what_is_written": bool(UNORDERED.search(kernel.asm["ptx"])),
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)) + int(found[4]),
         "widest_access": max(
             (int(bits) for bits in re.findall(r"(?:LDG|STG)\.E[.\w]*?\.(128|64)\b", code)), default=32

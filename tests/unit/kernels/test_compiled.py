@@ -37,6 +37,8 @@ def check(rows: list[dict], capabilities: set[int]) -> None:
     assert [row for row in crowded if "fp32" not in row["case"]] == [], "launch.resident_programs counts on 64"
     narrow = [row for row in rows if row["widest_access"] < 128 and "padded" not in row["case"]]
     assert narrow == [], "rows that are aligned are read in whole vectors"
+    raced = [row for row in rows if row["kernel"] in ("cross_entropy", "divergence") and row["reads_what_is_written"]]
+    assert raced == [], "the label's logit is read before the barrier that the gradients wait for"
 
 
 @pytest.mark.slow
