@@ -193,11 +193,15 @@ def _in_vocabulary(function: str, name: str, ids: torch.Tensor, vocab_size: int)
         )
 
 
-def poison_bad_labels(losses: torch.Tensor, flat: torch.Tensor, counted: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """Gives NaN for labels outside the vocabulary on a GPU, where looking at them would wait for the device."""
-    if losses.device.type == "cpu":
-        return losses
-    return losses.masked_fill(counted & ((flat < 0) | (flat >= vocab_size)), torch.nan)
+def poison_foreign(losses: torch.Tensor, ids: torch.Tensor, counted: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Gives NaN for rows [N] with ids [N] or [N, k] outside the vocabulary on a GPU: to look would wait for it."""
+    return losses if losses.device.type == "cpu" else losses.masked_fill(foreign(ids, counted, vocab_size), torch.nan)
+
+
+def foreign(ids: torch.Tensor, counted: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Tells of each row [N] whether it counts and one of its ids, [N] or [N, k], lies outside the vocabulary."""
+    outside = (ids < 0) | (ids >= vocab_size)
+    return counted & (outside if ids.ndim == 1 else outside.any(1))
 
 
 def teacher(
@@ -245,13 +249,14 @@ def topk(
     ids: torch.Tensor,
     log_probs: torch.Tensor,
     ghost_log_prob: torch.Tensor,
+    counted: torch.Tensor,
     vocab_size: int,
 ) -> None:
-    """Checks a cached teacher's targets."""
+    """Checks a cached teacher's targets, the ids of the rows that count (bool [N]) only."""
     same_device(function, {"hidden": hidden, "topk_ids": ids, "topk_logprobs": log_probs, "ghost": ghost_log_prob})
     same_dtype(function, {"topk_logprobs": log_probs})
     shape(function, "topk_ids", ids, (*hidden.shape[:-1], -1))
     shape(function, "topk_logprobs", log_probs, tuple(ids.shape))
     shape(function, "ghost_logprob", ghost_log_prob, tuple(hidden.shape[:-1]))
     if hidden.device.type == "cpu":
-        _in_vocabulary(function, "topk_ids", ids, vocab_size)
+        _in_vocabulary(function, "topk_ids", ids.reshape(-1, ids.shape[-1])[counted], vocab_size)

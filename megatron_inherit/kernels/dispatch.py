@@ -179,7 +179,7 @@ def linear_cross_entropy(
         z_loss=z_loss,
         **gradients,
     )
-    return checks.poison_bad_labels(losses, flat, counted, shard.vocab_size).view(labels.shape)
+    return checks.poison_foreign(losses, flat, counted, shard.vocab_size).view(labels.shape)
 
 
 def linear_kl(
@@ -235,7 +235,7 @@ def linear_kl(
         alpha=alpha,
         **gradients,
     )
-    checked = losses if alpha == 1 else checks.poison_bad_labels(losses, flat, counted, shard.vocab_size)
+    checked = losses if alpha == 1 else checks.poison_foreign(losses, flat, counted, shard.vocab_size)
     return checked.view(student_hidden.shape[:-1])
 
 
@@ -255,7 +255,8 @@ def linear_topk_kl(
     Args:
         student_hidden: [..., H].
         weight: [V, H], the student's head, or this process's rows of it.
-        topk_ids: int64 [..., k], global token ids, no id twice in a row.
+        topk_ids: int64 [..., k], global token ids, no id twice in a row. On a GPU a row that counts and has an id
+            outside the vocabulary gives NaN, as a label outside it does.
         topk_logprobs: [..., k], the teacher's log-probabilities at ``temperature``.
         ghost_logprob: [...], the log-probability of all other tokens together; -inf for none.
         temperature: The one the cache was made with; the divergence is multiplied by its square.
@@ -266,24 +267,24 @@ def linear_topk_kl(
         float32 [...] (float64 for float64 input), in nats.
 
     Raises:
-        KernelValueError: Shapes, devices or vocabulary bounds do not fit.
+        KernelValueError: Shapes, devices or vocabulary bounds do not fit, or (on a CPU) an id is out of range.
         KernelTypeError: Dtypes do not fit.
     """
     name = "linear_topk_kl"
     shard, gradients = checks.head(name, student_hidden, weight, options)
     checks.divergence(name, "forward", temperature, 1.0, None)
-    checks.topk(name, student_hidden, topk_ids, topk_logprobs, ghost_logprob, shard.vocab_size)
     _, counted = checks.labels(name, student_hidden, None, 0, mask, shard.vocab_size)
-    width = topk_ids.shape[-1]
+    checks.topk(name, student_hidden, topk_ids, topk_logprobs, ghost_logprob, counted, shard.vocab_size)
+    ids = topk_ids.reshape(-1, topk_ids.shape[-1])
     losses = implementation("linear_kl", name, student_hidden).linear_topk_kl(
         student_hidden.reshape(-1, student_hidden.shape[-1]),
         weight,
-        topk_ids.reshape(-1, width),
-        topk_logprobs.reshape(-1, width).detach(),
+        ids,
+        topk_logprobs.reshape(ids.shape).detach(),
         ghost_logprob.reshape(-1).detach(),
         counted=counted,
         shard=shard,
         temperature=temperature,
         **gradients,
     )
-    return losses.view(student_hidden.shape[:-1])
+    return checks.poison_foreign(losses, ids, counted, shard.vocab_size).view(student_hidden.shape[:-1])

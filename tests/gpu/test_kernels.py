@@ -196,3 +196,11 @@ def test_peak_memory_is_at_most_55_percent_of_the_unfused(vocab):
         torch.autograd.grad(run(), (hidden, weight))
         peaks.append(torch.cuda.max_memory_allocated() - before)
     assert peaks[0] <= 0.55 * peaks[1], peaks
+
+
+def test_ids_outside_the_vocabulary_give_nan_where_they_count():
+    hidden, weight = draw(3, 64, seed=1, dtype=torch.float32), draw(40, 64, seed=2, dtype=torch.float32)
+    ids = torch.tensor([[0, 1], [-1, 41], [2, 40]], device="cuda")
+    values, ghost = torch.full((3, 2), -1.0, device="cuda"), torch.full((3,), -1.0, device="cuda")
+    losses = dispatch.linear_topk_kl(hidden, weight, ids, values, ghost, mask=torch.tensor([1, 0, 1], device="cuda"))
+    assert losses.isnan().tolist() == [False, False, True]

@@ -217,3 +217,15 @@ def test_a_teacher_whose_vocabulary_is_cut_at_other_tokens_is_refused(rows, fits
         return
     with pytest.raises(KernelValueError, match="cut at other tokens"):
         checks.teacher("linear_kl", *tensors, second)
+
+
+def test_ids_of_rows_that_do_not_count_may_be_anything_and_others_are_named_on_every_device():
+    ids, values, ghost = torch.tensor([[0, 1], [-1, 9], [2, 6]]), torch.full((3, 2), -1.0), torch.full((3,), -1.0)
+    hidden = torch.zeros(3, HEAD.shape[1])
+    losses = dispatch.linear_topk_kl(hidden, HEAD, ids, values, ghost, mask=torch.tensor([1, 0, 0]))
+    assert torch.isfinite(losses).all()
+    with pytest.raises(KernelValueError, match="'topk_ids' holds ids outside the vocabulary"):
+        dispatch.linear_topk_kl(hidden, HEAD, ids, values, ghost, mask=torch.tensor([1, 0, 1]))
+    counted = torch.tensor([True, False, True])
+    assert checks.foreign(ids, counted, vocab_size=6).tolist() == [False, False, True]
+    assert checks.foreign(torch.tensor([5, 6, -1]), counted, vocab_size=6).tolist() == [False, False, True]
