@@ -171,8 +171,8 @@ def _gradients(
     """Gives the gradients of ``(losses * scale).sum()`` and, in ``out``, the losses."""
     hidden_grad = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needed[0] else None
     wide = torch.promote_types(weight.dtype, torch.float32)
-    empty = hidden.shape[0] == 0
-    weight_grad = (torch.zeros if empty else torch.empty)(weight.shape, dtype=wide, device=weight.device)
+    fill = torch.zeros if hidden.shape[0] == 0 else torch.empty
+    weight_grad = fill(weight.shape, dtype=wide, device=weight.device) if needed[1] else None
     for rows, logits in _chunks(hidden, weight, head.padding):
         values = head.row_pass(logits, rows, scale[rows])
         if out is not None:
@@ -180,9 +180,9 @@ def _gradients(
         grad = logits[:, : weight.shape[0]]
         if hidden_grad is not None:
             torch.mm(grad, weight, out=hidden_grad[rows])
-        if needed[1]:
+        if weight_grad is not None:
             _accumulate(weight_grad, grad, hidden[rows], first=rows.start == 0)
-    return hidden_grad, weight_grad if needed[1] else None
+    return hidden_grad, weight_grad
 
 
 def _one_scale(grad: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:

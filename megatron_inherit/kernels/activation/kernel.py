@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 
 from megatron_inherit.kernels import launch
 
@@ -104,6 +105,7 @@ class _Swiglu(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> torch.Tensor:
         (packed,) = ctx.saved_tensors
         flat, grad = launch.as_rows(packed), launch.as_rows(dy)
@@ -120,6 +122,7 @@ class _Swiglu(torch.autograd.Function):
 class _Gelu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        bias = None if bias is None else bias.contiguous()
         ctx.save_for_backward(x, bias)
         flat = launch.as_rows(x)
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -132,6 +135,7 @@ class _Gelu(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         x, bias = ctx.saved_tensors
         flat, grad = launch.as_rows(x), launch.as_rows(dy)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 
 from megatron_inherit.kernels import launch
 from megatron_inherit.kernels.norm import long_rows
@@ -99,6 +100,7 @@ class _Norm(torch.autograd.Function):
         eps: float,
         layer: bool,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
         flat = launch.as_rows(x)
         added = None if residual is None else launch.as_rows(residual)
         num_rows, width = flat.shape
@@ -122,6 +124,7 @@ class _Norm(torch.autograd.Function):
         return y if added is None else (y, summed)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor | None, dsum: torch.Tensor | None = None) -> Tensors:
         x, weight, mean, rstd = ctx.saved_tensors
         if dy is None and dsum is None:

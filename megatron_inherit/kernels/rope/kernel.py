@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch.autograd.function import once_differentiable
 
 from megatron_inherit.kernels import launch
 from megatron_inherit.kernels.errors import KernelValueError
@@ -134,6 +135,7 @@ class _RopeQkv(torch.autograd.Function):
         return q, k, v
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         parts = tuple(_dense(grad) for grad in grads)
@@ -152,6 +154,7 @@ class _Rope(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         dx = torch.empty_like(dy, memory_format=torch.contiguous_format)

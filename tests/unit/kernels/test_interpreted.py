@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-FILES = ("interpreted.py", "interpreted_training.py")
+FILES = ("interpreted.py", "interpreted_edges.py", "interpreted_training.py")
 
 
 @pytest.mark.slow
