@@ -42,7 +42,7 @@ def generate(
         The continuations, without the prompt.
 
     Raises:
-        UsageError: An option is out of range.
+        UsageError: An option is out of range, or the model has no positions for so many tokens.
         DataError: There is no tokenizer, or the prompt is empty and the tokenizer has no start token.
     """
     _check(max_new_tokens, temperature, top_p, count)
@@ -53,10 +53,12 @@ def generate(
         words = load_tokenizer(tokenizer or folder)
         model = load_model(folder, device=device, dtype=dtype)
     ids = _encode(words, prompt)
+    _require_room(model.config, len(ids) + max_new_tokens)
     torch.manual_seed(seed)
     options: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
-        options |= {"temperature": temperature, "top_k": top_k or None, "top_p": top_p}
+        options |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    _forget_habits(model)
     batch = torch.tensor([ids] * (count if temperature > 0 else 1), device=model.device)
     with torch.no_grad():
         out = model.generate(
@@ -66,7 +68,31 @@ def generate(
             pad_token_id=words.eos_token_id if words.eos_token_id is not None else 0,
             **options,
         )
-    return [words.decode(row[len(ids) :], skip_special_tokens=True) for row in out]
+    return [_added(words, ids, row.tolist()) for row in out]
+
+
+def _added(tokenizer: Any, ids: list[int], row: list[int]) -> str:
+    """Gives the text behind the prompt's: decoded by itself, SentencePiece's would lose the space it begins with."""
+    before, whole = (tokenizer.decode(tokens, skip_special_tokens=True) for tokens in (ids, row))
+    alone: str = tokenizer.decode(row[len(ids) :], skip_special_tokens=True)
+    return whole.removeprefix(before) if whole.startswith(before) else alone
+
+
+def _forget_habits(model: Any) -> None:
+    """Leaves of what generation_config.json asks for only where a text ends: penalties and the like change the text."""
+    habits = type(model.generation_config)
+    model.generation_config = habits(eos_token_id=model.generation_config.eos_token_id)
+
+
+def _require_room(config: Any, tokens: int) -> None:
+    """Refuses to go beyond a table of learned positions; rotary positions have no end."""
+    if getattr(config, "rope_parameters", None) is None and tokens - 1 > config.max_position_embeddings:
+        raise UsageError(
+            "The prompt and what is added to it exceed the model's positions.",
+            got=f"{tokens} tokens",
+            expected=f"at most {config.max_position_embeddings + 1}",
+            fix="Lower --max-new-tokens, or shorten the prompt.",
+        )
 
 
 def _encode(tokenizer: Any, prompt: str) -> list[int]:

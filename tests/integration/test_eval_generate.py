@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -63,3 +65,43 @@ def test_other_models_differ_and_other_vocabularies_are_refused(folder, tmp_path
     tiny_gpt2(tmp_path / "gpt2", vocab_size=300)
     with pytest.raises(CheckpointError, match="vocabularies"):
         compare_logits(folder, tmp_path / "gpt2")
+
+
+def spaced_tokenizer(folder):
+    """Writes a tokenizer of SentencePiece's ways: a mark before each word, of which decoding drops the first."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    mark = "\N{LOWER ONE EIGHTH BLOCK}"
+    vocabulary = {mark + "w" * (number + 1): number for number in range(256)} | {"<eos>": 256}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<eos>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(mark), normalizers.Replace(" ", mark)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(mark, "merged_with_next")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(mark, " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
+
+
+def test_the_space_before_the_first_added_word_is_kept(tmp_path, capsys):
+    folder = tiny_llama(tmp_path / "model")
+    spaced_tokenizer(folder)
+    words = run(capsys, folder, "www ww", "--max-new-tokens", 4).split()
+    assert words[:2] == ["www", "ww"]
+    assert len(words) == 6
+
+
+def test_habits_beside_the_weights_change_no_text(tmp_path, capsys):
+    folder = tiny_llama(tmp_path / "model")
+    words = (folder, "Hello", "--max-new-tokens", 24)
+    plain, drawn = run(capsys, *words), run(capsys, *words, "--temperature", 1)
+    habits = {"repetition_penalty": 5.0, "min_p": 0.9, "eos_token_id": 256, "do_sample": True, "temperature": 0.1}
+    (folder / "generation_config.json").write_text(json.dumps(habits))
+    assert run(capsys, *words) == plain
+    assert run(capsys, *words, "--temperature", 1) == drawn
+
+
+def test_learned_positions_have_an_end_and_rotary_ones_have_none(tmp_path, capsys):
+    gpt2, llama = tiny_gpt2(tmp_path / "gpt2"), tiny_llama(tmp_path / "llama")
+    run(capsys, gpt2, "x" * 100, "--max-new-tokens", 29)
+    assert main(["generate", str(gpt2), "x" * 100, "--max-new-tokens", "30"]) == 2
+    assert "Got: 130 tokens" in capsys.readouterr().err
+    run(capsys, llama, "x" * 100, "--max-new-tokens", 60)
