@@ -63,7 +63,7 @@ def settle_layout(layout: Layout, dtype: str | None, source: Source, *, optimize
         optimizer: Its optimizer state is taken along.
 
     Raises:
-        UsageError: The format has no place for optimizer state.
+        UsageError: The format has no place for optimizer state, or another number of steps is asked for.
     """
     if optimizer and source.optimizer and layout.format not in WITH_OPTIMIZER:
         raise UsageError(
@@ -73,9 +73,14 @@ def settle_layout(layout: Layout, dtype: str | None, source: Source, *, optimize
     if layout.format == "ds_universal" and dtype is None:
         dtype = "F32"
     if optimizer:
-        step = source.details.get("optimizer_step") or source.details.get("iteration") or 0
-        adam = tuple(source.details.get("adam") or ())
-        layout = dataclasses.replace(layout, iteration=layout.iteration or int(step), adam=adam)
+        step = int(source.details.get("optimizer_step") or source.details.get("iteration") or 0)
+        if layout.iteration not in (0, step):
+            raise UsageError(
+                f"--iteration {layout.iteration} would be taken for the number of updates behind the moments.",
+                expected=step,
+                fix="Leave --iteration out: the number goes along with the optimizer state.",
+            )
+        layout = dataclasses.replace(layout, iteration=step, adam=tuple(source.details.get("adam") or ()))
     return layout, dtype
 
 

@@ -9,6 +9,8 @@ import time
 import pytest
 
 from megatron_inherit.arch.presets import preset
+from megatron_inherit.checkpoint.detect import open_source
+from megatron_inherit.cli.main import main
 from megatron_inherit.inherit.inheritune import plan_fresh
 from megatron_inherit.plan.execute import execute
 from tests.support import forked_world, tiny_run
@@ -61,6 +63,17 @@ def test_a_run_leaves_its_rows_and_files(reference):
     ]
     for path in reference.rglob("*"):
         assert path.suffix in {"", ".json", ".jsonl", ".yaml", ".safetensors", ".lock"}
+
+
+def test_optimizer_state_goes_to_megatron_with_adams_settings(reference, tmp_path):
+    words = ["convert", str(reference), str(tmp_path / "core"), "--format", "torch_dist", "--optimizer", "keep"]
+    assert main(words) == 0
+    with open_source(tmp_path / "core") as source:
+        assert source.details["adam"] == (0.9, 0.95, 1e-8)
+        assert source.details["optimizer_step"] == source.details["iteration"] == 20
+        with open_source(reference) as run:
+            name = "exp_avg_sq:layers.0.attn.q.weight"
+            assert source.read(name).data.tobytes() == run.read(name).data.tobytes()
 
 
 def test_the_same_run_twice_is_the_same_bit_for_bit(tmp_path, corpus, reference):

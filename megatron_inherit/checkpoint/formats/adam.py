@@ -21,6 +21,13 @@ def adam_settings(groups: Any) -> tuple[float, ...]:
     return found.pop() if len(found) == 1 else ()
 
 
+def adam_step(groups: Any) -> int:
+    """Gives the number of updates that parameter groups tell; 0 where they do not, or not the same one."""
+    steps = [fields(group).get("step") for group in groups] if isinstance(groups, list) else []
+    same = bool(steps) and all(isinstance(step, int | float) and step == steps[0] for step in steps)
+    return int(steps[0]) if same else 0
+
+
 def adam_of_config(config: Any) -> tuple[float, ...]:
     """Gives betas and epsilon of a DeepSpeed configuration; an empty tuple where it does not say them."""
     return _of_group(fields(fields(fields(config).get("optimizer")).get("params")))

@@ -21,7 +21,7 @@ from megatron_inherit.arch.tensors import enumerate_tensors
 from megatron_inherit.base.errors import CheckpointError
 from megatron_inherit.checkpoint.dtypes import WEIGHT_DTYPES
 from megatron_inherit.checkpoint.extents import Extent, Piece, check_cover
-from megatron_inherit.checkpoint.formats.adam import adam_settings
+from megatron_inherit.checkpoint.formats.adam import adam_settings, adam_step
 from megatron_inherit.checkpoint.formats.dcp_metadata import METADATA, Chunk, ChunkedTensor, Metadata, read_metadata
 from megatron_inherit.checkpoint.formats.megatron_args import config_from_args
 from megatron_inherit.checkpoint.formats.megatron_folder import iteration_folder
@@ -111,7 +111,10 @@ def open_source(path: str) -> Source:
         "files": sorted({chunk.blob.file for tensor in weights.values() for chunk in tensor.chunks}),
     }
     inner = fields(fields(fields(common.get("optimizer")).get("optimizer")))
-    details |= {"adam": adam_settings(inner.get("param_groups"))}
+    details |= {
+        "adam": adam_settings(inner.get("param_groups")),
+        "optimizer_step": adam_step(inner.get("param_groups")),
+    }
     if any(name.startswith(_FLAT) for name in (*metadata.tensors, *metadata.objects)):
         details["optimizer_note"] = _NO_OPTIMIZER
     identity = {name: _hash(folder / name) for name in (METADATA, "common.pt")}

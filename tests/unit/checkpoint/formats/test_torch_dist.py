@@ -260,6 +260,17 @@ class TestOptimizer:
             (0.0, (0.9, 0.95), 7),
         ]
 
+    def test_the_number_of_updates_is_the_optimizers(self, universal, tmp_path, capsys):
+        """Iterations that were skipped are no updates; another number would change Adam's bias correction."""
+        words = ["--format", "torch_dist", "--optimizer", "keep"]
+        assert main(["convert", str(universal), str(tmp_path / "no"), *words, "--iteration", "9"]) == 2
+        assert "the number of updates behind the moments" in capsys.readouterr().err
+        assert main(["convert", str(universal), str(tmp_path / "core"), *words, "--iteration", "7"]) == 0
+        path = tmp_path / "core" / "iter_0000007" / "common.pt"
+        torch.save(torch.load(path, weights_only=False) | {"iteration": 12}, path)
+        with open_source(str(tmp_path / "core")) as source:
+            assert plan_conversion(source, layout=Layout(format="ds_universal"), optimizer=True).layout.iteration == 7
+
     @pytest.mark.parametrize("format", ["hf", "meta", "megatron"])
     def test_formats_of_weights_alone_are_refused(self, universal, tmp_path, format, capsys):
         words = ["convert", str(universal), str(tmp_path / "out"), "--format", format, "--optimizer", "keep"]
