@@ -17,6 +17,7 @@ from megatron_inherit.base.atomic import write_json
 from megatron_inherit.base.errors import DiskError, DivergedError, MinheritError, PreemptedError
 from megatron_inherit.base.log import get_logger
 from megatron_inherit.config.load import flatten, to_yaml
+from megatron_inherit.train.agreement import refuse_unlike_ranks
 from megatron_inherit.train.checkpointing import (
     KeepPolicy,
     Saver,
@@ -153,6 +154,7 @@ def open_session(plan: RunPlan, *, resume: Resume = "auto", profile: bool = Fals
         stack.callback(session.saver.close)
         stack.callback(session.metrics.close)
         with _lost_ranks_named(session):
+            refuse_unlike_ranks(session)
             yield session
 
 

@@ -1,9 +1,13 @@
 """A start that is refused leaves the folder's run as it was."""
 
+import dataclasses
+import os
 import re
 
 import pytest
 
+from megatron_inherit.config import load
+from megatron_inherit.train import inputs
 from tests.support import forked_world, tiny_run
 
 pytestmark = pytest.mark.slow
@@ -38,3 +42,30 @@ def test_another_batch_does_not_end_a_token_budget_early(tmp_path, stop_after, w
     changed = forked_world.run(tmp_path / "third", ["train", path, *steps])
     assert changed.codes == [0], changed.text
     assert tiny_run.rows(tmp_path / "run")[-1]["samples"] == 8 * stop_after + 16 * 2
+
+
+def test_a_node_with_other_data_or_another_recipe_is_named(tmp_path):
+    forked_world.preload()
+    path = tiny_run.recipe(tmp_path, tiny_run.write_corpus(tmp_path / "corpus"))
+    elsewhere = tiny_run.write_corpus(tmp_path / "elsewhere", seed=5)
+
+    def copied_wrongly():
+        if os.environ["RANK"] == "1":
+            there = inputs.open_loader
+            inputs.open_loader = lambda options: there(dataclasses.replace(options, path=str(elsewhere / "corpus")))
+
+    ended = forked_world.run(tmp_path / "data", ["train", path], size=2, before=copied_wrongly)
+    assert ended.codes == [4, 4], ended.text
+    assert re.search(
+        r"Not all ranks have the same data\. Got: another one at rank 1 on \S+ than at rank 0", ended.texts[0]
+    )
+
+    def edited_meanwhile():
+        if os.environ["RANK"] == "1":
+            before = load.load_recipe
+            load.load_recipe = lambda recipe, overrides: before(recipe, [*overrides, "optimizer.lr=4e-3"])
+
+    ended = forked_world.run(tmp_path / "recipe", ["train", path], size=2, before=edited_meanwhile)
+    assert ended.codes == [3, 3], ended.text
+    assert "the same recipe" in ended.texts[0]
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
