@@ -2,21 +2,23 @@
 
 Every rank copies its parts and writes its files into ``step_N.tmp-TOKEN``; only the copy blocks where saving is
 asynchronous. Once all ranks have written, which they tell each other between two steps, rank 0 writes the manifest,
-renames the folder and points ``latest`` at it. Old checkpoints go after the new one has been read back and verified.
+renames the folder and points ``latest`` at it. Old checkpoints go after the new one has been read back and verified,
+but for the newest that was not saved between bad steps: a rollback needs it.
 """
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_inherit.base.atomic import disk_error, fsync_path, require_space, write_json, write_text
-from megatron_inherit.base.errors import DiskError, MinheritError
+from megatron_inherit.base.errors import CheckpointError, DiskError, MinheritError
 from megatron_inherit.base.faults import fault
 from megatron_inherit.base.log import get_logger
 from megatron_inherit.base.temporary import TEMPORARY_MARK
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 LATEST = "latest"
+MOST_SHARES = 64
+"""In which a checkpoint is read back; between them the reader can be stopped."""
 _REPLACED = "replaced-"
 
 
@@ -77,6 +81,7 @@ class _Pending:
     temporary: Path
     facts: Mapping[str, Any]
     started: float
+    leaving: bool = False
     stall_seconds: float = 0.0
     error: Exception | None = None
     thread: threading.Thread | None = None
@@ -110,19 +115,23 @@ class Saver:
         self._snapshots = Snapshots(copy=asynchronous)
         self._pending: _Pending | None = None
         self._pruner: threading.Thread | None = None
+        self._hurry = threading.Event()
 
     @property
     def pending(self) -> bool:
         """Tells whether a save has begun and is not yet committed; the same on all ranks."""
         return self._pending is not None
 
-    def save(self, step: int, state: Mapping[str, Any], facts: Mapping[str, Any]) -> SaveReport | None:
+    def save(
+        self, step: int, state: Mapping[str, Any], facts: Mapping[str, Any], *, leaving: bool = False
+    ) -> SaveReport | None:
         """Begins a checkpoint, after finishing the one before; a synchronous one is finished on return.
 
         Args:
             step: Its number.
             state: Contents of state.json.
             facts: Entries of the manifest.
+            leaving: The session ends with it, perhaps in a hurry: what is outdated is left to the next one.
 
         Raises:
             DiskError: This save, or the one before, could not be written on some rank.
@@ -131,7 +140,7 @@ class Saver:
         started = time.perf_counter()
         target = step_folder(self.folder, step)
         temporary = target.with_name(f"{target.name}{TEMPORARY_MARK}{self.token}")
-        pending = _Pending(step, temporary, facts, started)
+        pending = _Pending(step, temporary, facts, started, leaving)
         parts = self._snapshots.take(self.engine.parts())
         write = self._guarded(pending, lambda: self._write(pending, parts, state))
         self._pending = pending
@@ -171,10 +180,25 @@ class Saver:
         pending.stall_seconds += time.perf_counter() - waited
         return self._commit(pending)
 
-    def close(self) -> None:
-        """Waits until old checkpoints are deleted; a pending save is left unfinished."""
-        if self._pruner is not None:
-            self._pruner.join()
+    def prune(self, newest: int, *, verified: bool = False) -> None:
+        """Begins to delete what is outdated, in a thread of rank 0.
+
+        Args:
+            newest: Step of the checkpoint that the run stands on.
+            verified: Its files were read back already.
+        """
+        if self.topology.rank == 0:
+            self._hurry.clear()
+            self._pruner = threading.Thread(target=self._prune, args=(newest, verified), name="prune")
+            self._pruner.start()
+
+    def close(self, *, wait: bool = True) -> None:
+        """Ends the threads; a pending save is left unfinished.
+
+        Args:
+            wait: Until old checkpoints are deleted; else the next session deletes them.
+        """
+        self._end_pruning(wait=wait)
         if self._pending is not None and self._pending.thread is not None:
             self._pending.thread.join()
 
@@ -217,25 +241,35 @@ class Saver:
         fsync_path(self.folder)
         fault("before_latest", pending.step)
         write_text(self.folder / LATEST, target.name + "\n")
+        self._end_pruning(wait=not pending.leaving)
+        if not pending.leaving:
+            self.prune(pending.step)
+
+    def _end_pruning(self, *, wait: bool) -> None:
+        if not wait:
+            self._hurry.set()
         if self._pruner is not None:
             self._pruner.join()
-        self._pruner = threading.Thread(target=self._prune, args=(pending.step,), name="prune")
-        self._pruner.start()
 
-    def _prune(self, newest: int) -> None:
+    def _prune(self, newest: int, verified: bool) -> None:
         """Deletes what is outdated, once the newest checkpoint reads back as it was written.
 
         Checkpoints of later steps do not count: the run would have gone on from them if they were whole.
         """
         try:
-            outdated = self.keep.outdated([step for step in list_steps(self.folder) if step <= newest])
-            leftovers = list(self.folder.glob(f"step_*{TEMPORARY_MARK}{_REPLACED}*"))
-            if outdated or leftovers:
-                native.verify(step_folder(self.folder, newest))
-            for path in [*(step_folder(self.folder, step) for step in outdated), *leftovers]:
-                retire(path)
+            paths = self._outdated(newest)
+            reading = () if verified or not paths else _verifying(step_folder(self.folder, newest))
+            for _ in itertools.chain(reading, map(retire, paths)):
+                if self._hurry.is_set():
+                    return
         except (MinheritError, OSError) as error:
             logger.warning("Old checkpoints are kept: %s", error)
+
+    def _outdated(self, newest: int) -> list[Path]:
+        steps = [step for step in list_steps(self.folder) if step <= newest]
+        sound = next((s for s in reversed(steps) if not within_bad_steps(step_folder(self.folder, s))), None)
+        outdated = [step_folder(self.folder, step) for step in self.keep.outdated(steps) if step != sound]
+        return [*outdated, *self.folder.glob(f"step_*{TEMPORARY_MARK}{_REPLACED}*")]
 
     def _guarded(self, pending: _Pending, work: Callable[[], None]) -> Callable[[], None]:
         """Keeps an exception until all ranks can hear of it."""
@@ -248,6 +282,22 @@ class Saver:
                 pending.error = error
 
         return run
+
+
+def within_bad_steps(path: Path) -> bool:
+    """Tells whether a checkpoint was saved after a bad step; a damaged one is judged by its hashes."""
+    try:
+        return native.read_json(path / native.STATE)["run"]["bad_steps"] > 0
+    except (CheckpointError, KeyError, TypeError):
+        return False
+
+
+def _verifying(path: Path) -> Iterator[None]:
+    """Compares a checkpoint's files with their hashes, a few at a time."""
+    shares = min(MOST_SHARES, len(native.read_manifest(path)["files"]))
+    for share in range(shares):
+        native.verify(path, share=share, shares=shares)
+        yield
 
 
 def retire(path: Path) -> None:
@@ -287,6 +337,12 @@ def disk_error_of(error: Exception, path: Path) -> Exception:
     return translated
 
 
-def require_checkpoint_space(folder: Path, checkpoint_bytes: int) -> None:
-    """Raises DiskError unless two more checkpoints fit: one may be written while the one before must stay."""
-    require_space(folder, 2 * checkpoint_bytes)
+def require_checkpoint_space(folder: Path, checkpoint_bytes: int, *, outdated: int = 0) -> None:
+    """Raises DiskError unless two more checkpoints fit: one may be written while the one before must stay.
+
+    Args:
+        folder: Of the run.
+        checkpoint_bytes: Of one checkpoint.
+        outdated: Checkpoints that are there and go before the next one is written.
+    """
+    require_space(folder, max(0, 2 - outdated) * checkpoint_bytes)

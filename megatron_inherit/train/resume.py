@@ -12,7 +12,7 @@ from megatron_inherit.base.errors import CheckpointError, UsageError
 from megatron_inherit.base.log import get_logger
 from megatron_inherit.checkpoint.formats import native
 from megatron_inherit.sharing.stage_plan import StagePlan
-from megatron_inherit.train.checkpointing import LATEST, list_steps, step_folder
+from megatron_inherit.train.checkpointing import LATEST, list_steps, step_folder, within_bad_steps
 from megatron_inherit.train.snapshot import restore_random_state
 from megatron_inherit.train.state import RunState
 
@@ -113,7 +113,7 @@ def find_checkpoint(folder: Path, engine: Engine, *, sound: bool = False) -> Pat
     steps = json.loads(engine.gather_text(json.dumps(list_steps(folder)))[0])
     reasons: list[str] = []
     if sound:
-        steps.sort(key=lambda step: (not _within_bad_steps(step_folder(folder, step)), step))
+        steps.sort(key=lambda step: (not within_bad_steps(step_folder(folder, step)), step))
     for step in reversed(steps):
         path = step_folder(folder, step)
         problem = _problem(path, topology.rank, topology.world_size)
@@ -184,14 +184,6 @@ def _problem(path: Path, rank: int, world_size: int) -> str:
     except OSError as error:
         return f"{path} cannot be read: {error.strerror}."
     return ""
-
-
-def _within_bad_steps(path: Path) -> bool:
-    """Tells whether a checkpoint was saved after a bad step; a damaged one is judged by its hashes."""
-    try:
-        return native.read_json(path / native.STATE)["run"]["bad_steps"] > 0
-    except (CheckpointError, KeyError, TypeError):
-        return False
 
 
 def _compare_pointer(folder: Path, chosen: Path) -> None:

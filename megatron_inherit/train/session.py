@@ -151,7 +151,7 @@ def open_session(plan: RunPlan, *, resume: Resume = "auto", profile: bool = Fals
             resume=resume,
             skipped=_read_skipped(plan.output),
         )
-        stack.callback(session.saver.close)
+        stack.callback(session.saver.close, wait=False)
         stack.callback(session.metrics.close)
         with _lost_ranks_named(session):
             refuse_unlike_ranks(session)
@@ -181,7 +181,8 @@ def _prepare_folder(plan: RunPlan, resume: Resume) -> None:
     checkpoints = plan.output / "checkpoints"
     if resume == "never":
         refuse_checkpoints(checkpoints)
-    require_checkpoint_space(plan.output, plan.checkpoint_bytes)
+    outdated = _keep_policy(plan).outdated(list_steps(checkpoints))
+    require_checkpoint_space(plan.output, plan.checkpoint_bytes, outdated=len(outdated))
     checkpoints.mkdir(exist_ok=True)
     remove_leftovers(checkpoints)
     if list_steps(checkpoints):
@@ -276,10 +277,14 @@ def _saver(plan: RunPlan, engine: Engine, loader: Loader) -> Saver:
         plan.output / "checkpoints",
         engine,
         token=token,
-        keep=KeepPolicy(section.keep_last, section.keep_every_steps),
+        keep=_keep_policy(plan),
         asynchronous=section.asynchronous,
         side_files=read_side_files(plan, loader) if engine.topology.rank == 0 else (),
     )
+
+
+def _keep_policy(plan: RunPlan) -> KeepPolicy:
+    return KeepPolicy(plan.config.checkpoint.keep_last, plan.config.checkpoint.keep_every_steps)
 
 
 def _metrics(plan: RunPlan, rank: int) -> MetricsLog:

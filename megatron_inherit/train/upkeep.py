@@ -38,6 +38,8 @@ def begin(run: Session) -> RunState:
     if found is None:
         forget_skipped(run)
         evaluate_now(run, state)
+    else:
+        run.saver.prune(state.step, verified=True)
     return state
 
 
@@ -118,7 +120,8 @@ def save_if_due(run: Session, state: RunState, stopping: bool) -> None:
         "engine": run.plan.config.engine,
         "adam": [run.plan.config.optimizer.beta1, run.plan.config.optimizer.beta2, run.plan.config.optimizer.eps],
     }
-    keep(run, state.step, lambda: run.saver.save(state.step, stored, facts), must=stopping or last)
+    leaving = stopping and not last
+    keep(run, state.step, lambda: run.saver.save(state.step, stored, facts, leaving=leaving), must=stopping or last)
     if stopping or last:
         keep(run, state.step, run.saver.finish, must=True)
 

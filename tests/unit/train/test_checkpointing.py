@@ -23,10 +23,10 @@ class OneRank:
         pass
 
 
-def save(folder, *steps, last):
+def save(folder, *steps, last, bad_steps=0):
     saver = Saver(folder, OneRank(), token="t", keep=KeepPolicy(last), asynchronous=False)
     for step in steps:
-        saver.save(step, {"step": step}, {"step": step})
+        saver.save(step, {"run": {"bad_steps": bad_steps}}, {"step": step})
     saver.close()
 
 
@@ -37,3 +37,33 @@ def test_a_damaged_later_checkpoint_does_not_push_out_the_whole_ones(tmp_path, l
     save(tmp_path, 11, last=last)  # resumed after step 10
     assert list_steps(tmp_path) == [5, 10, 11, 12][-1 - last :]
     native.verify(step_folder(tmp_path, 11))
+
+
+def test_the_newest_checkpoint_without_bad_steps_stays_for_a_rollback(tmp_path):
+    save(tmp_path, 5, 10, last=1)
+    save(tmp_path, 12, last=1, bad_steps=2)
+    save(tmp_path, 13, last=1, bad_steps=3)
+    assert list_steps(tmp_path) == [10, 13]
+    save(tmp_path, 15, last=1)
+    assert list_steps(tmp_path) == [15]
+
+
+def test_a_session_that_leaves_does_not_wait_until_old_checkpoints_are_deleted(tmp_path, monkeypatch):
+    saver = Saver(tmp_path, OneRank(), token="t", keep=KeepPolicy(1), asynchronous=False)
+    saver.save(5, {}, {})
+    shares = []
+
+    def slow(path, *, share, shares_of=shares, **more):
+        shares_of.append(share)
+        assert saver._hurry.wait(20)
+
+    monkeypatch.setattr(native, "verify", slow)
+    saver.save(10, {}, {})
+    saver.save(11, {}, {}, leaving=True)
+    saver.close(wait=False)
+    assert list_steps(tmp_path) == [5, 10, 11]
+    assert shares == [0]
+    after = Saver(tmp_path, OneRank(), token="u", keep=KeepPolicy(1), asynchronous=False)
+    after.prune(11, verified=True)
+    after.close()
+    assert list_steps(tmp_path) == [11]
