@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import xxhash
@@ -16,6 +16,9 @@ import xxhash
 from megatron_inherit.base.errors import DataError, MinheritError
 from megatron_inherit.base.optional import require
 from megatron_inherit.data.text_parts import encode_in_parts, huggingface_may_cut, sentencepiece_may_cut
+
+if TYPE_CHECKING:
+    from megatron_inherit.data.manifests import TokenizerRecord
 
 _GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 _USUAL_EOS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>", "[SEP]")
@@ -271,10 +274,37 @@ def _or_none(number: int) -> int | None:
 
 
 def _fingerprint(files: Sequence[Path], *ids: int | None) -> str:
+    return _hash([file.read_bytes() for file in files], *ids)
+
+
+def _hash(contents: Sequence[bytes], *ids: int | None) -> str:
     digest = xxhash.xxh3_128(repr(ids).encode())
-    for file in files:
-        digest.update(file.read_bytes())
+    for content in contents:
+        digest.update(content)
     return digest.hexdigest()
+
+
+def made_the_ids(record: TokenizerRecord, files: Mapping[str, bytes]) -> bool | None:
+    """Tells whether vocabulary files are those that made token ids.
+
+    Args:
+        record: What the tokens' manifest says of their tokenizer.
+        files: Names and contents of the files beside a model.
+
+    Returns:
+        None where no file is of the kind that made the ids, so that nothing can be compared.
+    """
+    forms = {
+        "hf": (("tokenizer.json",),),
+        "sentencepiece": (("tokenizer.model",),),
+        "gpt2": _GPT2_FILES,
+    }.get(record.kind, ())
+    hashes = {
+        _hash([files[name] for name in names], record.eos_id, record.bos_id)
+        for names in forms
+        if all(name in files for name in names)
+    }
+    return record.fingerprint in hashes if hashes else None
 
 
 def flatten(encoded: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -12,6 +12,7 @@ from megatron_inherit.data.loader import Loader, LoaderOptions, open_loader
 from megatron_inherit.data.windows import EvalWindows
 from megatron_inherit.train.preflight import RunPlan
 from megatron_inherit.train.resume import Identity
+from megatron_inherit.train.tokenizers import warn_of_other_tokenizers
 
 
 def open_data(plan: RunPlan, rank: int) -> tuple[Loader, EvalWindows | None]:
@@ -41,7 +42,7 @@ def open_run_loader(plan: RunPlan, rank: int) -> Loader:
         DataError: They are missing or damaged.
     """
     data, train = plan.config.data, plan.config.train
-    return open_loader(
+    loader = open_loader(
         LoaderOptions(
             path=data.path,
             sequence_length=train.sequence_length,
@@ -54,6 +55,9 @@ def open_run_loader(plan: RunPlan, rank: int) -> Loader:
             verify=data.verify if rank == 0 else "none",
         )
     )
+    if rank == 0:
+        warn_of_other_tokenizers(plan, loader.stream.tokenizer)
+    return loader
 
 
 def _check_windows(windows: EvalWindows, plan: RunPlan) -> None:

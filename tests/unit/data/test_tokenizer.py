@@ -8,7 +8,8 @@ import pytest
 
 from megatron_inherit.base.errors import DataError
 from megatron_inherit.data.giga import choose_encoder
-from megatron_inherit.data.tokenizer import Tokenizer, flatten, open_tokenizer
+from megatron_inherit.data.manifests import TokenizerRecord
+from megatron_inherit.data.tokenizer import Tokenizer, flatten, made_the_ids, open_tokenizer
 from tests.support.text_data import byte_level_folder, gpt2_folder, make_texts, sentencepiece_model
 
 TEXTS = [*make_texts(40), "a </s> b <|endoftext|> c", "  two  blanks ", "\n\n\ttabs", "🙂 emoji é"]
@@ -86,6 +87,20 @@ def test_the_fingerprint_is_of_the_vocabulary_and_the_ends(tmp_path: Path) -> No
     content["model"]["merges"].pop()
     (folder / "tokenizer.json").write_text(json.dumps(content))
     assert open_tokenizer(folder).fingerprint != first.fingerprint
+
+
+@pytest.mark.parametrize("kind", ["hf", "gpt2", "sentencepiece"])
+def test_the_files_that_made_the_ids_are_known_again(tmp_path: Path, kind: str) -> None:
+    make = {"hf": byte_level_folder, "gpt2": gpt2_folder, "sentencepiece": sentencepiece_model}
+    opened = open_tokenizer(make[kind](tmp_path / "tokenizer"))
+    record = TokenizerRecord(
+        kind=opened.kind, path=opened.path, fingerprint=opened.fingerprint, vocab_size=opened.vocab_size,
+        eos_id=opened.eos_id, bos_id=opened.bos_id, append_eos=True, prepend_bos=False,
+    )  # fmt: skip
+    files = {file.name: file.read_bytes() for file in (tmp_path / "tokenizer").iterdir()}
+    assert made_the_ids(record, files) is True
+    assert made_the_ids(record, {name: content + b" " for name, content in files.items()}) is False
+    assert made_the_ids(record, {"LICENSE": b""}) is None
 
 
 @pytest.mark.parametrize(
