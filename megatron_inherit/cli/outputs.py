@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from megatron_inherit.base.errors import UsageError
 
+WRITTEN = ("hf", "meta", "megatron", "torch_dist", "ds_universal")
+"""The formats of models that can be asked for."""
 _CUT = {"hf": (), "ds_universal": (), "meta": ("tp",)}
 """Format -> the parallel sizes it is cut by; the others know all of them."""
 
@@ -22,8 +24,10 @@ def refuse_ignored(format: str, *, tp: int = 1, pp: int = 1, vpp: int = 1, optim
         Whether the optimizer state is kept.
 
     Raises:
-        UsageError: The format has no such thing.
+        UsageError: There is no such format to write, or it has no such thing.
     """
+    if format not in WRITTEN:
+        raise UsageError(f"--format {format} is none that can be written.", expected=", ".join(WRITTEN))
     if optimizer not in ("keep", "drop"):
         raise UsageError(f"--optimizer {optimizer} is not understood.", expected="keep or drop")
     for name, size in (("tp", tp), ("pp", pp), ("vpp", vpp)):

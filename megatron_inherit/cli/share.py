@@ -74,7 +74,9 @@ def plan(
 
 @app.command()
 def init(
-    teacher: Annotated[str, typer.Argument(help="Checkpoint of any format, of the auxiliary's width.")],
+    teacher: Annotated[
+        str, typer.Argument(metavar="TEACHER", help="Checkpoint of any format, of the auxiliary's width.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Learngene folder to write.")],
     stages: PlanText,
     start: Annotated[
@@ -98,9 +100,11 @@ def init(
 
 @app.command()
 def cache(
-    recipe: Annotated[str, typer.Argument(help="The recipe that will train with these targets.")],
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe that will train with these targets.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of targets to write, or to go on with.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value words.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Overrides of the recipe.")
+    ] = None,
     entries: Annotated[int, typer.Option(min=1, help="Stored tokens for each token.")] = 32,
     method: Annotated[str, typer.Option(help="top: the most probable; draw: random ones, unbiased.")] = "top",
     samples: Annotated[int | None, typer.Option(min=1, help="Samples; default all that the recipe trains on.")] = None,
@@ -114,6 +118,8 @@ def cache(
 
     if method not in ("top", "draw"):
         raise UsageError(f"--method {method} is not understood.", expected="top or draw")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file.", expected="a folder of targets, or a path where there is nothing")
     config = load_recipe(recipe, overrides or [])
     done = make_cache(
         config,
@@ -130,7 +136,9 @@ def cache(
 
 @app.command()
 def extract(
-    checkpoint: Annotated[Path, typer.Argument(help="Run or training checkpoint of an auxiliary, or a learngene.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Run or training checkpoint of an auxiliary, or a learngene.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Learngene folder to write.")],
     dtype: DType = "",
     compress: Compress = "",
@@ -150,9 +158,11 @@ def extract(
 
 @app.command()
 def expand(
-    learngene: Annotated[Path, typer.Argument(help="Learngene, run or training checkpoint of an auxiliary.")],
+    learngene: Annotated[
+        Path, typer.Argument(metavar="LEARNGENE", help="Learngene, run or training checkpoint of an auxiliary.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
-    depth: Annotated[int, typer.Option(min=1, help="Layers of the descendant.")],
+    depth: Annotated[int, typer.Option(min=1, max=1000, help="Layers of the descendant.")],
     place: Place = "",
     windows: Windows = "",
     probe_tokens: ProbeTokens = PROBE_TOKENS,
@@ -167,13 +177,18 @@ def expand(
     as_json: AsJson = False,
 ) -> None:
     """Make a descendant of any depth, an ordinary model."""
+    from megatron_inherit.base.atomic import refuse_existing
     from megatron_inherit.base.quantities import parse_count
+    from megatron_inherit.cli.outputs import refuse_ignored
     from megatron_inherit.cli.share_place import choose, probe_windows
     from megatron_inherit.cli.transfer import run_transfer
     from megatron_inherit.plan.plan import Layout
     from megatron_inherit.sharing.expand import plan_descendant
 
+    refuse_ignored(format, tp=tp, pp=pp, vpp=vpp)
     with _open(learngene) as source:
+        if not dry_run:
+            refuse_existing(out, overwrite=overwrite, source=source.path)
         chosen = choose(source, depth, place, probe_windows(windows, parse_count(probe_tokens), source.config))
         for line in () if as_json else chosen.table():
             typer.echo(line)
@@ -184,7 +199,9 @@ def expand(
 
 @app.command()
 def family(
-    learngene: Annotated[Path, typer.Argument(help="Learngene, run or training checkpoint of an auxiliary.")],
+    learngene: Annotated[
+        Path, typer.Argument(metavar="LEARNGENE", help="Learngene, run or training checkpoint of an auxiliary.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that gets one folder a depth.")],
     depths: Annotated[str, typer.Option(help="For instance 6-16 or 6,8,12.")] = "6-16",
     place: Place = "",
@@ -200,6 +217,7 @@ def family(
 ) -> None:
     """Make descendants of many depths, and say what that saves over storing and training each."""
     from megatron_inherit.base.quantities import parse_count
+    from megatron_inherit.cli.outputs import refuse_ignored
     from megatron_inherit.cli.share_family import make_family, require_steps
     from megatron_inherit.cli.share_place import probe_windows
     from megatron_inherit.plan.plan import Layout
@@ -207,6 +225,7 @@ def family(
     from megatron_inherit.sharing.learngene import require_plan
     from megatron_inherit.sharing.tensors import family_report
 
+    refuse_ignored(format)
     require_steps(auxiliary_steps, tuning_steps, scratch_steps)
     chosen, kind, method = parse_depths(depths), _dtype(dtype), _method(compress)
     with _open(learngene) as source:
@@ -245,7 +264,7 @@ def _plan_and_model(text: str, model: str) -> tuple[StagePlan, ModelConfig | Non
     if text and Path(text).exists():
         with _open(text) as source:
             return require_plan(source), source.config
-    stages = parse_plan(text)
+    stages = parse_plan(_require_plan_text(text))
     if model:
         found = PRESETS.get(model)
         if found is None:
@@ -253,6 +272,18 @@ def _plan_and_model(text: str, model: str) -> tuple[StagePlan, ModelConfig | Non
                 found = source.config
         config = found.with_layers(stages.num_layers)
     return stages, config
+
+
+def _require_plan_text(text: str) -> str:
+    """Lets through what is meant as a plan, right or wrong; what cannot be one is a path to nothing."""
+    if set(text) <= set("0123456789,- ") or any(mark in text for mark in ":=;"):
+        return text
+    from megatron_inherit.base.errors import CheckpointError
+
+    raise CheckpointError(
+        f"{text} is no stage plan, and there is no such file or folder.",
+        expected="a plan such as 3,3,4,3,3, or a learngene, or a run that trained one",
+    )
 
 
 def _start(text: str) -> Start:

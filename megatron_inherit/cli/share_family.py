@@ -63,6 +63,11 @@ def make_family(
     """
     folders = {depth: out / f"depth-{depth:02d}" for depth in report.depths}
     for folder in folders.values():
+        if not overwrite and (folder / "inherit.json").exists() and not (out / RECORD).exists():
+            raise UsageError(
+                f"{folder} exists already, of a family that was not finished.",
+                fix="Pass --overwrite to make the family again.",
+            )
         refuse_existing(folder, overwrite=overwrite, source=source.path)
     chosen = {depth: choose(source, depth, place, windows) for depth in report.depths}
     rows = []

@@ -36,6 +36,9 @@ def test_a_student_can_be_made_again(teacher, tmp_path):
         (["--format", "meta", "--pp", "2"], "--pp 2 means nothing to the format meta"),
         (["--format", "ds_universal", "--tp", "2"], "--tp 2 means nothing to the format ds_universal"),
         (["--optimizer", "some"], "keep or drop"),
+        (["--format", "safetensors"], "hf, meta, megatron, torch_dist, ds_universal"),
+        (["--format", "gguf"], "--format gguf is none that can be written"),
+        (["--format", "learngene"], "--format learngene is none that can be written"),
     ],
 )
 def test_what_a_format_has_no_place_for_is_refused(teacher, tmp_path, capsys, options, said):

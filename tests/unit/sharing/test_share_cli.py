@@ -61,6 +61,13 @@ def test_what_is_no_plan_is_refused_in_one_message(capsys, plan):
     assert "Traceback" not in text
 
 
+def test_a_path_to_nothing_is_told_from_a_plan(capsys, tmp_path):
+    for text in ("runs/auxiliary", str(tmp_path / "gene"), "gene"):
+        code, said = run(capsys, text)
+        assert code == 5
+        assert f"{text} is no stage plan, and there is no such file or folder" in said
+
+
 def test_json_is_what_a_program_reads(capsys):
     code, text = run(capsys, "2,2", "--pp", "2", "--json")
     assert code == 0
@@ -104,6 +111,9 @@ def said(capsys, *words):
         ("--depth 4 --place auto", "minherit data windows"),
         ("--depth 4 --compress int3", "int8, int4, 2:4"),
         ("--depth 4 --probe-tokens many", "not a quantity"),
+        ("--depth 4 --pp 2", "--pp 2 means nothing to the format hf"),
+        ("--depth 4 --format learngene", "hf, meta, megatron, torch_dist, ds_universal"),
+        ("--depth 1001", "--depth"),
     ],
 )
 def test_descendants_that_cannot_be_made_are_refused_with_the_fix(capsys, gene, tmp_path, words, message):
@@ -111,6 +121,21 @@ def test_descendants_that_cannot_be_made_are_refused_with_the_fix(capsys, gene, 
     assert code == 2
     assert message in text
     assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_measured_for_an_output_that_is_in_the_way(capsys, gene, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    code, text = said(capsys, "expand", gene, tmp_path / "out", "--depth", 5, "--place", "auto", "--windows", "none")
+    assert code == 2
+    assert "out exists already" in text
+
+
+def test_targets_do_not_go_into_a_file(capsys, tmp_path):
+    (tmp_path / "out").touch()
+    code, text = said(capsys, "cache", "tiny-llama-cpu", tmp_path / "out")
+    assert code == 2
+    assert "out is a file" in text
 
 
 @pytest.mark.parametrize(("largest", "length", "message"), [(10**6, 8, "beyond"), (5, 4096, "longer than")])
@@ -175,3 +200,15 @@ def test_a_family_counts_parameters_and_steps_with_denominators(capsys, gene, tm
             assert source.config.num_layers == depth
             values = source.read("layers.0.mlp.up.weight").array()
             assert len(np.unique(values[0])) <= 255
+
+
+def test_a_family_that_was_interrupted_is_said_to_be(capsys, gene, tmp_path):
+    words = ("family", gene, tmp_path / "out", "--depths", "4-5")
+    assert said(capsys, *words)[0] == 0
+    assert "not finished" not in said(capsys, *words)[1]
+    (tmp_path / "out" / "family.json").unlink()
+    code, text = said(capsys, *words)
+    assert code == 2
+    assert "not finished" in text
+    assert "--overwrite" in text
+    assert said(capsys, *words, "--overwrite")[0] == 0
