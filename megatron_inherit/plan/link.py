@@ -10,13 +10,14 @@ from typing import Any
 from megatron_inherit.base.atomic import new_folder, write_json
 from megatron_inherit.base.errors import CheckpointError, UsageError
 from megatron_inherit.checkpoint import manifest
+from megatron_inherit.checkpoint.formats.pickle_reader import fields
 from megatron_inherit.checkpoint.formats.torch_dist import opened
 from megatron_inherit.checkpoint.formats.torch_dist_link import Links, link_checkpoint, plan_links
 from megatron_inherit.checkpoint.manifest import TensorHash
 from megatron_inherit.checkpoint.stream import Source
 from megatron_inherit.plan.execute import RECORD, Transfer
 from megatron_inherit.plan.ops import Copy
-from megatron_inherit.plan.plan import TransferPlan
+from megatron_inherit.plan.plan import Layout, TransferPlan
 
 
 def links_of(plan: TransferPlan, source: Source) -> Links:
@@ -88,7 +89,33 @@ def _sources(plan: TransferPlan, source: Source) -> dict[str, str]:
         if not isinstance(op, Copy) or op.box is not None or op.dtype != op.source_dtype:
             raise UsageError(f"--zero-copy cannot give {op.target}: {op.describe()}.", fix="Leave --zero-copy out.")
         found[op.target] = op.source
+    _refuse_other_cut(plan.layout, source)
     return found
+
+
+def _refuse_other_cut(layout: Layout, source: Source) -> None:
+    """Refuses what linked files cannot follow: their tensors are cut, named and padded as those of the origin."""
+    origin = opened(source)
+    args, dialect = fields(origin.common["args"]), "homogeneous" if source.details["homogeneous"] else "global"
+    sizes = {
+        "tp": ("tensor_model_parallel_size", layout.tp),
+        "pp": ("pipeline_model_parallel_size", layout.pp),
+        "vpp": ("virtual_pipeline_model_parallel_size", layout.vpp),
+    }
+    asked: dict[str, tuple[Any, Any]] = {
+        option: (size, args.get(name) or 1) for option, (name, size) in sizes.items() if size > 1
+    }
+    if layout.dialect:
+        asked["dialect"] = layout.dialect, dialect
+    if layout.vocab_multiple != Layout.vocab_multiple:
+        asked["vocab-multiple"] = layout.vocab_multiple, args.get("make_vocab_size_divisible_by")
+    for option, (wanted, is_) in asked.items():
+        if wanted != is_:
+            raise UsageError(
+                f"--zero-copy links files as they are, and cannot follow --{option} {wanted}.",
+                got=f"{is_} in {source.path}",
+                fix=f"Leave --{option} out: torch_dist is loaded at any sizes. Or leave --zero-copy out.",
+            )
 
 
 def _known_hashes(source: Source, sources: Mapping[str, str]) -> dict[str, TensorHash]:

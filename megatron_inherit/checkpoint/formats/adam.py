@@ -24,8 +24,8 @@ def adam_settings(groups: Any) -> tuple[float, ...]:
 def adam_step(groups: Any) -> int:
     """Gives the number of updates that parameter groups tell; 0 where they do not, or not the same one."""
     steps = [fields(group).get("step") for group in groups] if isinstance(groups, list) else []
-    same = bool(steps) and all(isinstance(step, int | float) and step == steps[0] for step in steps)
-    return int(steps[0]) if same else 0
+    numbers = [step for step in steps if isinstance(step, int | float)]
+    return int(numbers[0]) if numbers and steps == numbers[:1] * len(steps) else 0
 
 
 def adam_of_config(config: Any) -> tuple[float, ...]:

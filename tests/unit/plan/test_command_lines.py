@@ -185,6 +185,23 @@ def test_zero_copy_shares_the_files(teacher, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "no").exists()
 
 
+def test_zero_copy_refuses_a_layout_that_links_cannot_have(teacher, tmp_path, capsys):
+    source, words = tmp_path / "td", ["--format", "torch_dist", "--zero-copy"]
+    assert main(["convert", str(teacher), str(source), "--format", "torch_dist", "--tp", "2"]) == 0
+    others = (("tp", "4", "2"), ("pp", "2", "1"), ("vpp", "2", "1"), ("dialect", "global", "homogeneous"))
+    for option, asked, held in (*others, ("vocab-multiple", "64", "128")):
+        for more in ([], ["--dry-run"]):
+            command = ["convert", str(source), str(tmp_path / "no"), *words, f"--{option}", asked, *more]
+            assert main(command) == 2
+            message = capsys.readouterr().err
+            assert f"cannot follow --{option} {asked}" in message
+            assert f"{held} in {source}" in message
+        assert not (tmp_path / "no").exists()
+    same = ["--tp", "2", "--dialect", "homogeneous"]
+    assert main(["convert", str(source), str(tmp_path / "yes"), *words, *same]) == 0
+    assert main(["verify", str(source), str(tmp_path / "yes")]) == 0
+
+
 def test_a_student_in_any_layout_can_be_continued(teacher, arrays, tmp_path, capsys, monkeypatch):
     words = ["inherit", str(teacher), str(tmp_path / "s"), "--layers", "2,0", "--format", "torch_dist", "--tp", "2"]
     words += ["--dialect", "global", "--vocab-multiple", "5", "--resume", "--threads", "1", "--json"]
