@@ -232,9 +232,9 @@ class CheckpointSection(Section):
     """When the state is saved and what is kept.
 
     Attributes:
-        every_steps: Steps between saves; the last step is always saved.
+        every_steps: Steps between saves; one that falls on a spike waits for its end, the last step is always saved.
         keep_last: Newest checkpoints that are kept.
-        keep_every_steps: Checkpoints at multiples of this are kept for ever.
+        keep_every_steps: Checkpoints at multiples of this, or the next one after, are kept for ever.
         asynchronous: Only the copy to host memory blocks, and a thread writes; costs each rank as much host memory as
             its share of a checkpoint.
         on_disk_full: Whether training stops (exit code 7) or goes on without that checkpoint.

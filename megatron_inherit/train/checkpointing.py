@@ -49,7 +49,7 @@ def list_steps(folder: Path) -> list[int]:
 
 @dataclass(frozen=True)
 class KeepPolicy:
-    """Which checkpoints stay: the ``last`` newest and every one at a multiple of ``every_steps``."""
+    """Which checkpoints stay: the ``last`` newest and the first one from each multiple of ``every_steps`` on."""
 
     last: int
     every_steps: int | None = None
@@ -57,7 +57,10 @@ class KeepPolicy:
     def outdated(self, steps: Sequence[int]) -> list[int]:
         """Chooses the steps to delete."""
         old = sorted(steps)[: -self.last]
-        return [step for step in old if not (self.every_steps and step % self.every_steps == 0)]
+        if not self.every_steps:
+            return old
+        first = {step // self.every_steps: step for step in sorted(steps, reverse=True)}
+        return [step for step in old if step < self.every_steps or step != first[step // self.every_steps]]
 
 
 @dataclass(frozen=True)

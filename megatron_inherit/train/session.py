@@ -57,7 +57,7 @@ SKIPPED = "skipped_samples.json"
 
 @dataclass
 class Session:
-    """What the loop works with; only ``skipped`` changes.
+    """What the loop works with; only ``skipped`` and ``saved`` change, and at a split of stages what it shares.
 
     Attributes:
         plan: The resolved recipe.
@@ -70,6 +70,7 @@ class Session:
         tasks: What is scored on the way, or None.
         resume: Whether checkpoints that are there are continued.
         skipped: Ranges of samples that rollbacks gave up, kept in a file of the run's folder.
+        saved: Step of the newest checkpoint that was begun or restored.
     """
 
     plan: RunPlan
@@ -88,6 +89,7 @@ class Session:
     tasks: TaskScorer | None = None
     resume: Resume = "auto"
     skipped: list[tuple[int, int]] = field(default_factory=list)
+    saved: int = 0
 
     @property
     def is_first(self) -> bool:

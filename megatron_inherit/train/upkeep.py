@@ -30,6 +30,7 @@ def begin(run: Session) -> RunState:
     found = resume.find_checkpoint(run.checkpoints, run.engine) if run.resume == "auto" else None
     state = RunState() if found is None else resume.restore(found, run.engine, run.identity)
     refuse_other_length(run.plan, state, run.skipped)
+    run.saved = state.step
     if run.is_first:
         metrics.trim(run.plan.output, state.step if found else -1)
         facts = {"world_size": run.plan.world_size, "engine": run.plan.config.engine, "resumed": found is not None}
@@ -98,11 +99,12 @@ def is_stopping(run: Session, session_steps: int) -> bool:
 
 
 def save_if_due(run: Session, state: RunState, stopping: bool) -> None:
-    """Saves at every so many steps while the loss is sound, and always before an end."""
-    last = state.step == run.plan.total_steps
-    due = is_due(state.step, run.plan.config.checkpoint.every_steps, run.plan.total_steps)
+    """Saves every so many steps, or as soon after as the loss is sound, and always before an end."""
+    last, every = state.step == run.plan.total_steps, run.plan.config.checkpoint.every_steps
+    due = state.step // every > run.saved // every
     if not (stopping or last or (due and not state.bad_steps)):
         return
+    run.saved = state.step
     run.watchdog.progress(state.step, "save")
     keep(run, state.step, run.saver.finish)
     source = run.plan.source
@@ -173,6 +175,7 @@ def roll_back(run: Session, state: RunState) -> RunState:
         )
     run.skipped.append(given_up)
     restored = resume.restore(found, run.engine, run.identity)
+    run.saved = restored.step
     if run.is_first:
         write_skipped(run.plan.output, run.skipped)
         for step in list_steps(run.checkpoints):

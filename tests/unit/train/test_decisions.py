@@ -82,6 +82,7 @@ def test_the_last_ones_and_every_so_manieth_stay(tmp_path):
     steps = list(range(100, 1100, 100))
     assert KeepPolicy(3).outdated(steps) == steps[:-3]
     assert KeepPolicy(2, every_steps=300).outdated(steps) == [100, 200, 400, 500, 700, 800]
+    assert KeepPolicy(2, every_steps=300).outdated([250, 301, 400, 600, 700, 1001, 1100]) == [250, 400, 700]
     assert KeepPolicy(20).outdated(steps) == []
     for name in ("step_00000005", "step_00000100", "step_00000007.tmp-ab", "step_x", "other"):
         (tmp_path / name).mkdir()
