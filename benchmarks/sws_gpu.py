@@ -10,7 +10,8 @@ fp32 gradient, master, two moments) within 5%, tokens/s within 3%. The divergenc
 8192 rows, fused against whole logits: equal within 1e-3, at most 55% of the peak memory, gradients included.
 
 On a CPU a step has one sequence of 512 tokens and the vocabulary 1024 tokens (what a stage saves depends on neither),
-and the divergence runs in Triton's interpreter, in the chunks of a GPU. Memory is then the largest resident set.
+and the divergence runs in Triton's interpreter, in the chunks of a GPU; that one truncates to bf16, so that the norm of
+its gradients comes out 0.27% small. Memory is then the largest resident set.
 """
 
 from __future__ import annotations
