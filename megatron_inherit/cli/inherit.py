@@ -86,9 +86,9 @@ def inherit(
     from megatron_inherit.base.quantities import parse_bytes
     from megatron_inherit.checkpoint.manifest import hash_files
     from megatron_inherit.cli.outputs import refuse_ignored
-    from megatron_inherit.cli.repairs import fit, repaired
-    from megatron_inherit.cli.teachers import choose_layers, open_teacher
-    from megatron_inherit.cli.transfer import run_transfer
+    from megatron_inherit.cli.repairs import check, fit, repaired
+    from megatron_inherit.cli.teachers import choose_layers, foresee_layers, open_teacher
+    from megatron_inherit.cli.transfer import predict, run_transfer
     from megatron_inherit.inherit.select import parse_roles
     from megatron_inherit.plan.plan import Layout
 
@@ -99,8 +99,15 @@ def inherit(
     cut: dict[str, Any] = {"tp": tp, "pp": pp, "vpp": vpp, "vocab_multiple": vocab_multiple}
     layout = Layout(format=format, dialect=dialect, max_shard_bytes=parse_bytes(max_shard_size), **cut)
     source, config = open_teacher(teacher, everything_fresh=len(roles) == 7)
+    foreseen = foresee_layers(layers, config)
+    if repair:
+        fresh = bool(roles) or as_published
+        check(foreseen, repair, text=repair_text, fresh=fresh, optimizer=keep, zero_copy=zero_copy)
+    if repair or hash_teacher or layers.startswith("auto:"):  # what takes minutes: the output is looked at before
+        rehearsed = _plan(source, config, foreseen, roles, as_published, dtype, seed, layout, keep)
+        predict(rehearsed, source, zero_copy=zero_copy)
     chosen = choose_layers(layers, teacher, config)
-    fixed = fit(teacher, chosen, repair, text=repair_text, fresh=bool(roles) or as_published) if repair else None
+    fixed = fit(teacher, chosen, repair, text=repair_text) if repair else None
     chosen = fixed.layers if fixed else chosen
     plan = _plan(source, config, chosen, roles, as_published, dtype, seed, layout, keep)
     record: dict[str, object] = {"as_published": as_published}

@@ -13,7 +13,7 @@ from megatron_inherit.checkpoint.detect import open_source
 from megatron_inherit.checkpoint.files import is_remote
 from megatron_inherit.checkpoint.formats.hf_config import read_config
 from megatron_inherit.checkpoint.stream import Source
-from megatron_inherit.inherit.select import EXAMPLES, parse_layers
+from megatron_inherit.inherit.select import EXAMPLES, parse_auto, parse_layers
 
 
 def open_teacher(teacher: str, *, everything_fresh: bool) -> tuple[Source | None, ModelConfig]:
@@ -32,6 +32,17 @@ def open_teacher(teacher: str, *, everything_fresh: bool) -> tuple[Source | None
     if not everything_fresh:
         raise UsageError(f"{teacher} is a shape without weights.", fix="Pass --reset all, or the path of a checkpoint.")
     return None, shape
+
+
+def foresee_layers(text: str, config: ModelConfig) -> tuple[int, ...]:
+    """Gives as many blocks as ``choose_layers`` will, without measuring anything.
+
+    Raises:
+        UsageError: The choice is missing or not understood.
+    """
+    if not text.startswith("auto:"):
+        return choose_layers(text, "", config)
+    return tuple(range(parse_auto(text, config.num_layers)[1]))
 
 
 def choose_layers(text: str, teacher: str, config: ModelConfig) -> tuple[int, ...]:

@@ -57,7 +57,7 @@ def run_transfer(
         quiet: Says nothing, for a caller that makes many.
         record: Added to ``inherit.json``.
     """
-    output = _predict(plan, source, zero_copy=zero_copy)
+    output = predict(plan, source, zero_copy=zero_copy)
     if dry_run:
         typer.echo(_json(_facts(plan, output, source)) if as_json else "\n".join(_lines(plan, output, source)))
         return
@@ -98,7 +98,7 @@ def _texts(plan: TransferPlan, note: str) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class _Output:
+class Output:
     """Size of every data file of the output, and of those among them that are only linked."""
 
     files: Mapping[str, int]
@@ -106,16 +106,22 @@ class _Output:
 
     @property
     def written(self) -> int:
+        """Bytes of data files that are not linked."""
         return 0 if self.linked else sum(self.files.values())
 
 
-def _predict(plan: TransferPlan, source: Source | None, *, zero_copy: bool) -> _Output:
-    """Lays the output out without making a file."""
+def predict(plan: TransferPlan, source: Source | None, *, zero_copy: bool) -> Output:
+    """Lays the output of a plan out without making a file.
+
+    Raises:
+        CheckpointError: The format cannot hold the model in that layout.
+        UsageError: ``zero_copy`` is asked for and links cannot give the output.
+    """
     if not zero_copy:
-        return _Output(plan_sink(plan, source.side_files if source else ()).sizes, linked=False)
+        return Output(plan_sink(plan, source.side_files if source else ()).sizes, linked=False)
     if source is None:
         raise UsageError("--zero-copy needs a checkpoint to link to.")
-    return _Output(links_of(plan, source).sizes, linked=True)
+    return Output(links_of(plan, source).sizes, linked=True)
 
 
 def command_line() -> str:
@@ -160,7 +166,7 @@ def _line_every(seconds: float, total: int) -> Callable[[int], None]:
     return advance
 
 
-def _summary(plan: TransferPlan, output: _Output, source: Source | None) -> list[str]:
+def _summary(plan: TransferPlan, output: Output, source: Source | None) -> list[str]:
     lines = [plan.title[0].upper() + plan.title[1:]]
     if (blocks := describe_blocks(plan)) is not None:
         lines.append("  {}   {}".format(*blocks))
@@ -177,11 +183,11 @@ def _summary(plan: TransferPlan, output: _Output, source: Source | None) -> list
     return lines
 
 
-def _files(output: _Output) -> str:
+def _files(output: Output) -> str:
     return f"{len(output.files)} file{'' if len(output.files) == 1 else 's'}"
 
 
-def _lines(plan: TransferPlan, output: _Output, source: Source | None) -> list[str]:
+def _lines(plan: TransferPlan, output: Output, source: Source | None) -> list[str]:
     width = max(len(op.target) for op in plan.ops)
     lines = [f"{op.target:<{width}}  {op.dtype:<4} {list(op.shape)!s:<16} {op.describe()}" for op in plan.ops]
     lines += [f"{what:<{width}}  dropped: {reason}" for what, reason in _dropped(plan)]
@@ -209,7 +215,7 @@ def _bytes_to_read(plan: TransferPlan, source: Source | None) -> int:
     return sum(stored.nbytes if stored.decode is None else stored.stored_bytes for stored in inputs)
 
 
-def _facts(plan: TransferPlan, output: _Output, source: Source | None) -> dict[str, Any]:
+def _facts(plan: TransferPlan, output: Output, source: Source | None) -> dict[str, Any]:
     return {
         "plan": plan.to_json(),
         "files": dict(output.files),

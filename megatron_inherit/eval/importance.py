@@ -8,7 +8,6 @@ over sequences. Perplexity of removal (Kim et al. 2024, Shortened LLaMA): the lo
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from megatron_inherit.eval.attention_rank import measure_attention
 from megatron_inherit.eval.blocks import watch_blocks, without_block
 from megatron_inherit.eval.calibration import sample_windows
 from megatron_inherit.eval.hf_folder import as_hf_folder, default_device, load_model, load_tokenizer
-from megatron_inherit.inherit.select import parse_layers
+from megatron_inherit.inherit.select import parse_auto, parse_layers
 
 if TYPE_CHECKING:
     import torch
@@ -213,7 +212,5 @@ def resolve_layers(text: str, teacher: Path | str, num_layers: int) -> tuple[int
     """
     if not text.startswith("auto:"):
         return parse_layers(text, num_layers)
-    found = re.fullmatch(r"auto:([a-z-]+):(\d+)", text)
-    if found is None:
-        raise UsageError(f"--layers {text} is not understood.", expected="auto:METRIC:N, for instance auto:ppl:8")
-    return choose_layers(teacher, found[1], int(found[2]), device=default_device())
+    metric, count = parse_auto(text, num_layers)
+    return choose_layers(teacher, metric, count, device=default_device())

@@ -44,6 +44,24 @@ def parse_layers(text: str, num_layers: int) -> tuple[int, ...]:
     return tuple(layers)
 
 
+def parse_auto(text: str, num_layers: int) -> tuple[str, int]:
+    """Reads ``auto:METRIC:N``, the choice that a measurement makes.
+
+    Returns:
+        (metric, number of blocks).
+
+    Raises:
+        UsageError: It is not understood, or the teacher has fewer blocks.
+    """
+    found = re.fullmatch(r"auto:([a-z-]+):(\d{1,6})", text.strip())
+    if found is None:
+        raise UsageError(f"--layers {text} is not understood.", expected="auto:METRIC:N, for instance auto:ppl:8")
+    count = int(found[2])
+    if not 1 <= count <= num_layers:
+        raise UsageError(f"--layers {text}: {count} blocks cannot be chosen.", expected=f"1 to {num_layers}")
+    return found[1], count
+
+
 def parse_roles(words: Iterable[str]) -> tuple[Role, ...]:
     """Reads ``--reset``: roles separated by commas, or ``all``; the result is in the order of ``ROLES``.
 
