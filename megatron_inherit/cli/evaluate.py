@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
 import typer
+import xxhash
 
 app = typer.Typer(no_args_is_help=True, help="Score a checkpoint on tasks.", rich_markup_mode=None)
+LONGEST_NAME = 100
+"""Characters of tasks' names in a file's; file systems have 255."""
 
 
 @app.command()
@@ -52,14 +56,18 @@ def evaluate(
     dtype = dtype or ("bf16" if device.startswith("cuda") else "fp32")
     size = batch_size if batch_size == "auto" else int(batch_size)
     with hf_folder.as_hf_folder(checkpoint) as folder:
+        weights = str(checkpoint) if folder == checkpoint else _weights_of(checkpoint)
         model = run.hf_model(folder, device=device, dtype=dtype, batch_size=size)
         rows = run.evaluate(model, names, chosen=chosen, data_dir=data_dir, limit=limit, shots=shots)
     for line in aligned(run.table(rows, chosen)):
         typer.echo(line)
-    target = out or _place(checkpoint, suite or "tasks")
+    target = out or _place(checkpoint, suite or ",".join(names), limit)
     if target is not None:
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_json(target, run.to_json(rows, checkpoint=str(checkpoint), chosen=chosen, limit=limit, device=device))
+        found = run.to_json(
+            rows, checkpoint=str(checkpoint), weights=weights, chosen=chosen, limit=limit, device=device
+        )
+        write_json(target, found)
         typer.echo(str(target))
 
 
@@ -72,5 +80,18 @@ def aligned(lines: list[list[str]]) -> list[str]:
     ]
 
 
-def _place(checkpoint: Path, name: str) -> Path | None:
-    return checkpoint / "evaluations" / f"{name}.json" if (checkpoint / "metrics.jsonl").is_file() else None
+def _place(checkpoint: Path, name: str, limit: int | None) -> Path | None:
+    """Gives a run's file for these tasks, so that other tasks, or a look at a few items, do not replace its results."""
+    if not (checkpoint / "metrics.jsonl").is_file():
+        return None
+    words = re.sub(r"[^\w.,+-]", "_", name)
+    if len(words) > LONGEST_NAME:
+        words = f"{words[:LONGEST_NAME]}-{xxhash.xxh3_64_hexdigest(name.encode())[:8]}"
+    return checkpoint / "evaluations" / (words + (f"-first{limit}" if limit else "") + ".json")
+
+
+def _weights_of(checkpoint: Path) -> str:
+    from megatron_inherit.checkpoint.detect import open_source
+
+    with open_source(checkpoint) as source:
+        return source.path

@@ -131,8 +131,9 @@ class Run:
 
     @property
     def evaluations(self) -> list[Row]:
-        """Results of ``minherit evaluate`` kept in the run's folder."""
-        return [read_json(path) for path in sorted(self.path.glob("evaluations/*.json"))]
+        """Results of ``minherit evaluate`` kept in the run's folder, the earliest first."""
+        found = [read_json(path) for path in sorted(self.path.glob("evaluations/*.json"))]
+        return sorted(found, key=lambda result: str(result.get("date", "")))
 
     def _settled(self, key: str) -> float | None:
         rows = self.train[len(self.train) // 10 :] or self.train

@@ -76,7 +76,7 @@ def test_scores_in_training_are_those_of_the_saved_checkpoint(tmp_path, place, l
     names = ["--tasks", "piqa,lambada_openai", "--data-dir", str(place / "data"), "--device", "cpu"]
     evaluated = forked_world.run(tmp_path / "evaluate", ["evaluate", str(tmp_path / "run"), *names])
     assert evaluated.codes == [0], evaluated.text
-    wanted = json.loads((tmp_path / "run" / "evaluations" / "tasks.json").read_text())["rows"]
+    wanted = json.loads((tmp_path / "run" / "evaluations" / "piqa,lambada_openai.json").read_text())["rows"]
     expected = {f"{row['task']}/{row['metric']}": row["value"] for row in wanted}
     got = figures(found[-1])
     assert expected.keys() == {"piqa/acc", "piqa/acc_norm", "lambada_openai/acc", "lambada_openai/perplexity"}

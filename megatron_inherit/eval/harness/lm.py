@@ -6,6 +6,7 @@ training. Only imported where lm-eval is installed.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,11 +17,12 @@ import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from megatron_inherit.base.errors import UsageError
+from megatron_inherit.base.errors import DataError, DivergedError, UsageError
 
 Logits = Callable[[torch.Tensor], torch.Tensor]
 Reduce = Callable[[Sequence[float]], "list[float]"]
 Request = tuple[Any, list[int], list[int]]
+Tokens = tuple[int, ...]
 LARGEST_BATCH = 1 << 15
 LONGEST_WINDOW = 2048
 LOGITS_BYTES = 1 << 30
@@ -114,14 +116,37 @@ class LogitsModel(TemplateLM):
         )
 
     def _loglikelihood_tokens(self, requests: Sequence[Request], **_: Any) -> list[tuple[float, bool]]:
-        """Scores (context, continuation) pairs; equal inputs, as those of one-token choices, run once."""
-        inputs: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        """Scores (context, continuation) pairs; equal inputs, as those of one-token choices, run once.
+
+        Raises:
+            DivergedError: A score is no number: the best of such would be the first choice, and look like a result.
+            DataError: A continuation is longer than the window, so that only its end could be scored.
+        """
+        longest = max((len(target) for *_, target in requests), default=0)
+        if longest > self.max_length:
+            raise DataError(
+                f"An answer of {longest} tokens is longer than the model's window of {self.max_length}.",
+                fix="Leave the task out, or take a model with more positions.",
+            )
+        inputs: dict[Tokens, list[int]] = defaultdict(list)
         for number, (_unused, context, target) in enumerate(requests):
             inputs[tuple((context + target)[-(self.max_length + 1) :][:-1])].append(number)
-        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         queue = sorted(inputs, key=len, reverse=True)
-        if self.share is not None:
-            return self._shared(queue, inputs, requests, self.share)
+        if self.share is None:
+            answers = self._alone(queue, inputs, requests)
+        else:
+            answers = self._shared(queue, inputs, requests, self.share)
+        if any(math.isnan(score) for score, _ in answers):
+            raise DivergedError(
+                "The model's logits are no numbers, so that nothing can be scored.",
+                fix="Take an earlier checkpoint, or fp32 for weights whose activations exceed fp16's range.",
+            )
+        return answers
+
+    def _alone(
+        self, queue: Sequence[Tokens], inputs: Mapping[Tokens, Sequence[int]], requests: Sequence[Request]
+    ) -> list[tuple[float, bool]]:
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         while queue:
             batch = queue[: max(1, self.batch_tokens // len(queue[0]))]
             rows = self._rows(batch)
@@ -136,8 +161,8 @@ class LogitsModel(TemplateLM):
 
     def _shared(
         self,
-        queue: Sequence[tuple[int, ...]],
-        inputs: Mapping[tuple[int, ...], Sequence[int]],
+        queue: Sequence[Tokens],
+        inputs: Mapping[Tokens, Sequence[int]],
         requests: Sequence[Request],
         share: Share,
     ) -> list[tuple[float, bool]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_inherit.base.errors import DataError
+from megatron_inherit.base.optional import require
 
 Item = dict[str, Any]
 Task = Mapping[str, Any]
@@ -68,7 +69,8 @@ def _wsc_item(row: Item) -> Item:
     target, text = row["target"], row["text"]
     before = " ".join(text.split()[: target["span2_index"]])
     pronoun, noun = target["span2_text"], target["span1_text"]
-    passage = f"{before} *{pronoun}*{text[len(before) + len(pronoun) + 1 :]}".strip()
+    detokenize = require("lm_eval.utils", "'minherit evaluate'").general_detokenize
+    passage = detokenize(f"{before} *{pronoun}*{text[len(before) + len(pronoun) + 1 :]}")
     question = f'In the passage above, does the pronoun "*{pronoun}*" refer to "*{noun}*"?'
     query = f"Passage: {passage}\nQuestion: {question}\nAnswer:"
     return {"query": query, "choices": ["no", "yes"], "gold": int(row["label"])}

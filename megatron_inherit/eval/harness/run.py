@@ -244,9 +244,9 @@ def _published(chosen: Suite | None, task: str, metric: str) -> dict[str, tuple[
 
 
 def to_json(
-    rows: Sequence[Row], *, checkpoint: str, chosen: Suite | None, limit: int | None, device: str
+    rows: Sequence[Row], *, checkpoint: str, weights: str, chosen: Suite | None, limit: int | None, device: str
 ) -> dict[str, Any]:
-    """Gives the results file: rows, what was scored, with what and when."""
+    """Gives the results file: rows, what was scored (of a run: which of its checkpoints), with what and when."""
     import lm_eval
     import torch
     import transformers
@@ -254,6 +254,7 @@ def to_json(
     versions = {"lm-eval": lm_eval.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
     return {
         "checkpoint": checkpoint,
+        "weights": weights,
         "suite": chosen.name if chosen else None,
         "limit": limit,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
