@@ -17,7 +17,7 @@ from megatron_inherit.train.progress import Progress
 from megatron_inherit.train.session import Resume, Session, open_session
 from megatron_inherit.train.start import describe
 from megatron_inherit.train.state import RunState, next_start
-from megatron_inherit.train.tasks import score_tasks_if_due
+from megatron_inherit.train.tasks import are_tasks_due, score_tasks
 from megatron_inherit.train.untie import untie_if_due
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def train(run: Session) -> RunState:
     state = upkeep.begin(run)
     if run.is_first:
         describe(run)
+    measure(run, state, again=False)
     untie_if_due(run, state)
     first, clock = state.step, Clock(state.seconds)
     left = run.plan.total_steps - state.step
@@ -75,16 +76,29 @@ def train(run: Session) -> RunState:
             profiler.step()
             run.pace.add(own=clock.own, forward=result.forward_seconds, whole=clock.whole + clock.after)
             upkeep.compare_ranks(run, state)
-            if upkeep.is_due(state.step, run.plan.config.eval.every_steps, run.plan.total_steps):
-                upkeep.evaluate_now(run, state)
-            score_tasks_if_due(run, state)
-            untie_if_due(run, state)
-            stopping = upkeep.is_stopping(run, state.step - first)
+            stopping = upkeep.is_stopping(run, state, state.step - first)
+            if not stopping:  # there may be little time left: the next session begins with what is due
+                measure(run, state)
+                untie_if_due(run, state)
             upkeep.save_if_due(run, dataclasses.replace(state, seconds=clock.total()), stopping)
-            if stopping and state.step < run.plan.total_steps:
+            if stopping:
                 raise PreemptedError(f"Stopped after step {state.step}; its state is saved.", fix="Run again to go on.")
     upkeep.finish(run, state)
     return state
+
+
+def measure(run: Session, state: RunState, *, again: bool = True) -> None:
+    """Evaluates and scores tasks where a step asks for it.
+
+    Args:
+        run: The session.
+        state: After a step, or where a session begins.
+        again: What has its row for this step is measured all the same.
+    """
+    if upkeep.is_evaluation_due(run, state) and (again or not upkeep.has_row(run, "eval", state.step)):
+        upkeep.evaluate_now(run, state)
+    if are_tasks_due(run, state) and (again or not upkeep.has_row(run, "tasks", state.step)):
+        score_tasks(run, state)
 
 
 @dataclass(frozen=True)

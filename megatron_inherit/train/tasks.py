@@ -100,12 +100,17 @@ def open_tasks(plan: RunPlan, side_files: Sequence[SideFile]) -> TaskScorer | No
         return TaskScorer(section, names, suite, load_tokenizer(Path(folder)))
 
 
-def score_tasks_if_due(run: Session, state: RunState) -> None:
-    """Scores the tasks where they are due, and writes the row."""
+def are_tasks_due(run: Session, state: RunState) -> bool:
+    """Tells whether a step is one after which the tasks are scored: the last one is, the start is not."""
+    if run.tasks is None or not state.step:
+        return False
+    return state.step % run.tasks.section.every_steps == 0 or state.step == run.plan.total_steps
+
+
+def score_tasks(run: Session, state: RunState) -> None:
+    """Scores the tasks of the recipe, and writes the row."""
     scorer = run.tasks
     if scorer is None:
-        return
-    if state.step % scorer.section.every_steps and state.step != run.plan.total_steps:
         return
     values = scorer.score(run, state.step)
     row: dict[str, Any] = {"kind": "tasks", "step": state.step, "tokens": state.tokens, **values}

@@ -11,7 +11,7 @@ from megatron_inherit.base.errors import DiskError, DivergedError
 from megatron_inherit.base.log import get_logger
 from megatron_inherit.config.load import config_hash
 from megatron_inherit.data.drawn import report_drawn
-from megatron_inherit.eval.runs import WINDOW_LOSSES
+from megatron_inherit.eval.runs import WINDOW_LOSSES, read_metrics
 from megatron_inherit.eval.val_loss import summarize
 from megatron_inherit.train import metrics, resume
 from megatron_inherit.train.checkpointing import SaveReport, list_steps, retire, step_folder
@@ -87,15 +87,24 @@ def evaluate_now(run: Session, state: RunState) -> None:
         logger.info("step %d: validation loss %.4f (standard error %.4f)", state.step, found.loss, found.stderr or 0.0)
 
 
-def is_due(step: int, every_steps: int, last: int) -> bool:
-    """Tells whether something is due every so many steps and at the end."""
-    return step % every_steps == 0 or step == last
+def is_evaluation_due(run: Session, state: RunState) -> bool:
+    """Tells whether a step is one that is evaluated; the last one is."""
+    due = state.step % run.plan.config.eval.every_steps == 0 or state.step == run.plan.total_steps
+    return run.windows is not None and due
 
 
-def is_stopping(run: Session, session_steps: int) -> bool:
-    """Asks all ranks whether a signal came or the session's steps are used up."""
+def has_row(run: Session, kind: str, step: int) -> bool:
+    """Tells whether metrics.jsonl has a row of a kind for a step; all ranks call this together."""
+    path = run.plan.output / metrics.METRICS
+    rows = read_metrics(path) if run.is_first and path.exists() else []
+    return run.engine.any_rank(any(row["kind"] == kind and row["step"] == step for row in rows))
+
+
+def is_stopping(run: Session, state: RunState, session_steps: int) -> bool:
+    """Asks all ranks whether a signal came or the session's steps are used up; after the last step none stops."""
     limit = run.plan.config.train.stop_after
-    return run.engine.any_rank(run.stop.received is not None) or (limit is not None and session_steps >= limit)
+    asked = run.engine.any_rank(run.stop.received is not None) or (limit is not None and session_steps >= limit)
+    return asked and state.step < run.plan.total_steps
 
 
 def save_if_due(run: Session, state: RunState, stopping: bool) -> None:
@@ -122,8 +131,7 @@ def save_if_due(run: Session, state: RunState, stopping: bool) -> None:
         "engine": run.plan.config.engine,
         "adam": [run.plan.config.optimizer.beta1, run.plan.config.optimizer.beta2, run.plan.config.optimizer.eps],
     }
-    leaving = stopping and not last
-    keep(run, state.step, lambda: run.saver.save(state.step, stored, facts, leaving=leaving), must=stopping or last)
+    keep(run, state.step, lambda: run.saver.save(state.step, stored, facts, leaving=stopping), must=stopping or last)
     if stopping or last:
         keep(run, state.step, run.saver.finish, must=True)
 

@@ -191,6 +191,15 @@ def test_signals_save_and_end_with_75(tmp_path, corpus, reference):
     same(tmp_path / "run", reference)
 
 
+def test_an_end_comes_before_an_evaluation_which_the_next_session_makes(tmp_path, corpus, reference):
+    ended = train(tmp_path, corpus, fault="step_start:0:10:usr1")
+    assert ended.codes == [75], ended.text
+    assert [row["step"] for row in rows(tmp_path / "run", "eval")] == [0]
+    for _ in range(2):
+        assert train(tmp_path, corpus).codes == [0]
+        same(tmp_path / "run", reference)
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, corpus, half_done):
     other = tiny_run.write_corpus(tmp_path / "other", seed=1)
     for override, words in (
