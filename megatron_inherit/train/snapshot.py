@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from megatron_inherit.engines.base import Part
 
 RNG = "rng"
+_Key = tuple[str, str, tuple[int, ...], tuple[int, int] | None]
 
 
 class Snapshots:
@@ -27,28 +28,29 @@ class Snapshots:
 
     def __init__(self, *, copy: bool) -> None:
         self.copy = copy
-        self._buffers: dict[tuple[str, str, tuple[int, ...], tuple[int, int] | None], torch.Tensor] = {}
+        self._buffers: dict[_Key, torch.Tensor] = {}
 
     def take(self, parts: Iterable[Part]) -> list[StoredPart]:
         """Gives the parts, and this rank's random state after them, ready to be written."""
         import torch
 
-        taken = [self._stored(part, self._kept(part)) for part in parts]
+        before, self._buffers = self._buffers, {}  # of parts that a split of stages replaced nothing is kept
+        taken = [self._stored(part, self._kept(part, before)) for part in parts]
         if self.copy and torch.cuda.is_available():
             torch.cuda.synchronize()
         return taken + random_state()
 
-    def _kept(self, part: Part) -> torch.Tensor:
+    def _kept(self, part: Part, before: Mapping[_Key, torch.Tensor]) -> torch.Tensor:
         tensor = part.tensor.detach()
         if not self.copy:
             return tensor
         key = (part.kind, part.name, part.start, part.flat)
-        buffer = self._buffers.get(key)
+        buffer = before.get(key)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             import torch
 
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._buffers[key] = buffer
+        self._buffers[key] = buffer
         return buffer.copy_(tensor, non_blocking=True)
 
     def _stored(self, part: Part, tensor: torch.Tensor) -> StoredPart:

@@ -15,7 +15,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,7 +98,11 @@ class Watchdog:
             self._note[:] = json.dumps({**self._facts, "step": step, "phase": phase}).encode().ljust(_FILE_BYTES)
 
     def heartbeats(self) -> list[Heartbeat]:
-        """Reads all ranks' signs of life."""
+        """Reads all ranks' signs of life.
+
+        Raises:
+            OSError: This rank's own cannot be given or read.
+        """
         self._show()
         now = self._path(self.rank).stat().st_mtime
         found = (self._read(rank, now) for rank in range(self.world_size))
@@ -115,16 +119,26 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stop.wait(self.interval):
-            try:
+            with self._tolerant():
                 self._show()
-                if time.monotonic() - self._since > self.timeout and not self._stop.is_set():
+            if time.monotonic() - self._since > self.timeout and not self._stop.is_set():
+                heartbeats: list[Heartbeat] = []
+                with self._tolerant():
                     heartbeats = self.heartbeats()
-                    self._on_silence(self._sentence(heartbeats))
-                    return
-            except OSError as error:
-                logger.debug("No sign of life could be written: %s", error)
+                self._on_silence(self._sentence(heartbeats))
+                return
+
+    @contextlib.contextmanager
+    def _tolerant(self) -> Iterator[None]:
+        """Bears that the folder is gone or full: a run that stands still is ended all the same."""
+        try:
+            yield
+        except OSError as error:
+            logger.debug("No sign of life could be written or read: %s", error)
 
     def _sentence(self, heartbeats: list[Heartbeat]) -> str:
+        if not heartbeats:
+            return f"No progress for {self.timeout:g} s, and {self.folder} cannot be read to tell which rank is silent."
         silent = [h for h in heartbeats if h.rank != self.rank and (h.dead or h.age > 2 * self.interval + 1)]
         if not silent and heartbeats:
             behind = min(h.step for h in heartbeats)

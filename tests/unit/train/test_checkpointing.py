@@ -1,11 +1,14 @@
 """Which checkpoints are deleted, on a folder with real files."""
 
+import weakref
+
 import pytest
 import torch
 
 from megatron_inherit.checkpoint.formats import native
 from megatron_inherit.engines.base import Part, Topology
 from megatron_inherit.train.checkpointing import KeepPolicy, Saver, list_steps, step_folder
+from megatron_inherit.train.snapshot import Snapshots
 
 
 class OneRank:
@@ -67,3 +70,17 @@ def test_a_session_that_leaves_does_not_wait_until_old_checkpoints_are_deleted(t
     after.prune(11, verified=True)
     after.close()
     assert list_steps(tmp_path) == [11]
+
+
+def test_buffers_of_parts_that_are_gone_are_given_back():
+    def part(name):
+        return Part(name, "weight", (4,), (0,), (4,), torch.arange(4.0))
+
+    snapshots = Snapshots(copy=True)
+    stored = snapshots.take([part("a"), part("b")])
+    kept = weakref.ref(snapshots._buffers["weight", "a", (0,), None])
+    gone = weakref.ref(snapshots._buffers["weight", "b", (0,), None])
+    del stored
+    snapshots.take([part("a"), part("c")])
+    assert kept() is not None
+    assert gone() is None

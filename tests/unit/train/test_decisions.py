@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import threading
 
 import pytest
@@ -290,6 +291,13 @@ def test_a_watchdog_speaks_only_without_progress(tmp_path):
     assert "No progress for 1 s: rank 0" in spoken[0]
     assert "step 7, phase train_step" in spoken[0]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_stands_still_ends_though_the_folder_of_its_heartbeats_is_gone(tmp_path):
+    heard = threading.Event()
+    with Watchdog(tmp_path / "heartbeats", rank=0, world_size=1, timeout=0.5, on_silence=lambda _: heard.set()):
+        shutil.rmtree(tmp_path / "heartbeats")
+        assert heard.wait(20)
 
 
 def test_dropout_that_a_model_asks_for_is_told(caplog):
