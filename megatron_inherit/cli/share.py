@@ -109,29 +109,39 @@ def cache(
     method: Annotated[str, typer.Option(help="top: the most probable; draw: random ones, unbiased.")] = "top",
     samples: Annotated[int | None, typer.Option(min=1, help="Samples; default all that the recipe trains on.")] = None,
     shard_samples: Annotated[int, typer.Option(min=1, help="Samples of a file.")] = 256,
+    share: Annotated[
+        str,
+        typer.Option(
+            metavar="INDEX/COUNT", help="This process's share of the files, from 0/COUNT on; then join without."
+        ),
+    ] = "0/1",
 ) -> None:
     """Store a teacher's targets for the samples of a recipe, once for all runs of the same order."""
     from megatron_inherit.base.errors import UsageError
     from megatron_inherit.base.quantities import format_bytes
-    from megatron_inherit.cli.share_cache import make_cache
+    from megatron_inherit.cli.share_cache import make_cache, share_of
     from megatron_inherit.config.load import load_recipe
 
     if method not in ("top", "draw"):
         raise UsageError(f"--method {method} is not understood.", expected="top or draw")
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out} is a file.", expected="a folder of targets, or a path where there is nothing")
-    config = load_recipe(recipe, overrides or [])
-    done = make_cache(
+    own, config = share_of(share), load_recipe(recipe, overrides or [])
+    count = make_cache(
         config,
         out,
         entries=entries,
         method=method,  # type: ignore[arg-type]
         samples=samples,
         shard_samples=shard_samples,
+        share=own,
         tell=typer.echo,
     )
+    if own.of > 1:
+        typer.echo(f"{out}: share {share} is finished. When all are, the same command without --share joins them.")
+        return
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
-    typer.echo(f"{out}: {done} samples, {format_bytes(size)}")
+    typer.echo(f"{out}: {count} samples, {format_bytes(size)}")
 
 
 @app.command()

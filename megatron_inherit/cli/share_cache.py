@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_inherit.base.errors import ConfigError
-from megatron_inherit.distill.cache import Manifest, Method, cache_key, write_cache
+from megatron_inherit.base.errors import ConfigError, UsageError
+from megatron_inherit.distill.cache import Manifest, Method, Share, cache_key, write_cache
 
 if TYPE_CHECKING:
     from megatron_inherit.checkpoint.stream import Source
@@ -23,6 +23,7 @@ def make_cache(
     method: Method,
     samples: int | None,
     shard_samples: int,
+    share: Share,
     tell: Callable[[str], None],
 ) -> int:
     """Writes the targets of a recipe's teacher for its samples; an interrupted cache goes on.
@@ -34,6 +35,7 @@ def make_cache(
         method: ``top`` or ``draw``.
         samples: How many; default all that the recipe trains on.
         shard_samples: Samples of a file.
+        share: Which files are this process's.
         tell: Gets a line a shard.
 
     Returns:
@@ -42,6 +44,7 @@ def make_cache(
     Raises:
         ConfigError: The recipe names no teacher, or more entries are asked for than there are tokens.
         DataError: The data has fewer samples, or the folder holds another cache.
+        UsageError: Another process makes the same files.
     """
     warnings.filterwarnings("ignore", module=r"megatron\.")
     from megatron_inherit.distill.teacher import target_predictor
@@ -72,9 +75,21 @@ def make_cache(
         dtype=DTYPES[config.train.dtype],
         seed=config.run.seed,
     )
-    for done in write_cache(folder, wanted, loader.batch, predict):
-        tell(f"{done} of {count} samples")
+    for done in write_cache(folder, wanted, loader.batch, predict, share):
+        tell(f"{done} samples of share {share.index}/{share.of}" if share.of > 1 else f"{done} of {count} samples")
     return count
+
+
+def share_of(text: str) -> Share:
+    """Reads ``INDEX/COUNT``, the index from 0.
+
+    Raises:
+        UsageError: It is something else.
+    """
+    index, slash, of = text.partition("/")
+    if slash and index.isdecimal() and of.isdecimal() and int(index) < int(of):
+        return Share(int(index), int(of))
+    raise UsageError(f"--share {text} is not understood.", expected="INDEX/COUNT, the index from 0: 0/8 to 7/8")
 
 
 def _require(teacher: Source | None, entries: int) -> Source:

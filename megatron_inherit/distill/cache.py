@@ -6,10 +6,11 @@ data order and one temperature, and the manifest says which.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +18,7 @@ import numpy as np
 
 from megatron_inherit.base import atomic
 from megatron_inherit.base.errors import DataError
+from megatron_inherit.base.temporary import locked, refuse_second_writer
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
 Method = Literal["top", "draw"]
 MANIFEST = "manifest.json"
-VERSION = 2
+VERSION = 3
 UNDRAWN = -30.0
 """Log-probability stored for a place that no draw filled: too little to matter, and finite."""
 SAMPLED = 32
@@ -107,7 +109,7 @@ class Manifest:
         entries: Stored tokens for each token of a sample.
         num_samples: Samples [0, num_samples) when complete.
         shard_samples: Samples of a shard.
-        shards: xxh3 of each finished shard, in order.
+        shards: xxh3 of each finished shard.
     """
 
     key: CacheKey
@@ -115,7 +117,7 @@ class Manifest:
     entries: int
     num_samples: int
     shard_samples: int
-    shards: tuple[str, ...] = ()
+    shards: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def num_shards(self) -> int:
@@ -127,25 +129,23 @@ class Manifest:
         """Tells whether all shards were written."""
         return len(self.shards) == self.num_shards
 
-    def save(self, folder: Path) -> None:
+    def save(self, path: Path) -> None:
         """Writes the manifest in one step."""
-        atomic.write_json(folder / MANIFEST, {"version": VERSION, **dataclasses.asdict(self)})
+        atomic.write_json(path, {"version": VERSION, **dataclasses.asdict(self)})
 
     @classmethod
-    def load(cls, folder: Path) -> Manifest:
-        """Reads a folder's manifest.
+    def load(cls, path: Path) -> Manifest:
+        """Reads a manifest.
 
         Raises:
-            DataError: There is none, or it is of another version.
+            DataError: It is damaged or of another version.
         """
-        path = Path(folder) / MANIFEST
-        if not path.is_file():
-            raise DataError(f"{folder} holds no cached targets.", fix="Make them with: minherit share cache.")
         try:
             value: dict[str, Any] = json.loads(path.read_text())
             if value.pop("version", None) != VERSION:
                 raise DataError(f"{path} is of another version.", fix="Make the cache again.")
-            return cls(**(value | {"key": CacheKey(**value["key"]), "shards": tuple(value["shards"])}))
+            shards = {int(index): digest for index, digest in value["shards"].items()}
+            return cls(**(value | {"key": CacheKey(**value["key"]), "shards": shards}))
         except (AttributeError, KeyError, TypeError, ValueError):
             raise DataError(f"{path} is damaged, or of something else.", fix="Make the cache again.") from None
 
@@ -213,43 +213,96 @@ def ghost_of(log_probs: torch.Tensor) -> torch.Tensor:
     return torch.log1p(-inside.clamp(max=1.0))
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which shards one of several writers makes: every ``of``-th, from ``index`` on.
+
+    Attributes:
+        index: Of this writer, from 0.
+        of: Writers.
+    """
+
+    index: int = 0
+    of: int = 1
+
+    @property
+    def manifest(self) -> str:
+        """Name of the file in which this writer keeps what it has made."""
+        return MANIFEST if self.of == 1 else f"manifest-{self.index}-of-{self.of}.json"
+
+
 def write_cache(
-    folder: Path, wanted: Manifest, batch: Callable[[int, int], Batch], predict: Callable[[Batch], Targets]
+    folder: Path,
+    wanted: Manifest,
+    batch: Callable[[int, int], Batch],
+    predict: Callable[[Batch], Targets],
+    share: Share = Share(),
 ) -> Iterator[int]:
-    """Writes missing and damaged shards one by one and yields the number of samples done after each.
+    """Writes missing and damaged shards one by one and yields the number of samples of the share done after each.
+
+    Several writers fill one folder side by side, each with its share; a writer of everything then joins what they made.
 
     Args:
         folder: Output; a cache of the same key that was interrupted is continued.
         wanted: Key and sizes.
         batch: The loader's ``batch(start, count)``.
         predict: Gives the teacher's targets of a batch.
+        share: Which shards are this writer's.
 
     Raises:
         DataError: The folder holds another cache.
+        UsageError: Another process writes the same share, or, for a writer of everything, any.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    manifest = dataclasses.replace(wanted, shards=())
-    if (folder / MANIFEST).exists():
-        manifest = Manifest.load(folder)
-        _require_equal(dataclasses.replace(manifest, shards=()), dataclasses.replace(wanted, shards=()), folder)
-    shards = list(manifest.shards)
-    for index in _missing(folder, manifest):
-        start = index * wanted.shard_samples
-        count = min(wanted.shard_samples, wanted.num_samples - start)
-        digest = _write_shard(shard_path(folder, index), predict(batch(start, count)), wanted.key.vocab_size)
-        shards[index : index + 1] = [digest]
-        dataclasses.replace(manifest, shards=tuple(shards)).save(folder)
-        yield start + count
+    with contextlib.ExitStack() as held:
+        _hold(held, folder, share)
+        known = _begun(folder, wanted)
+        own = {index: digest for index, digest in known.items() if share.of == 1 or index % share.of == share.index}
+        done = 0
+        for index in range(share.index, wanted.num_shards, share.of):
+            start = index * wanted.shard_samples
+            count = min(wanted.shard_samples, wanted.num_samples - start)
+            done += count
+            if index in own and _read_whole(shard_path(folder, index), own[index]):
+                continue
+            own[index] = _write_shard(shard_path(folder, index), predict(batch(start, count)), wanted.key.vocab_size)
+            dataclasses.replace(wanted, shards=own).save(folder / share.manifest)
+            yield done
+        dataclasses.replace(wanted, shards=dict(sorted(own.items()))).save(folder / share.manifest)
+        if share.of == 1:
+            for path in _manifests(folder):
+                if path.name != MANIFEST:
+                    path.unlink()
+                    _lock_of(path).unlink(missing_ok=True)
 
 
-def _missing(folder: Path, manifest: Manifest) -> list[int]:
-    """Lists the shards to make: those that were not made yet, and those that are no longer what was written."""
-    return [
-        index
-        for index in range(manifest.num_shards)
-        if index >= len(manifest.shards) or not _read_whole(shard_path(folder, index), manifest.shards[index])
-    ]
+def _hold(held: contextlib.ExitStack, folder: Path, share: Share) -> None:
+    """Locks a share as long as the stack lasts; a writer of everything locks all that were begun."""
+    names = [share.manifest, *([path.name for path in _manifests(folder)] if share.of == 1 else [])]
+    for name in sorted(set(names)):
+        path = _lock_of(folder / name)
+        path.touch()
+        if not held.enter_context(locked(path)):
+            raise refuse_second_writer(folder / name)
+
+
+def _lock_of(manifest: Path) -> Path:
+    return manifest.with_name(f".{manifest.stem}.lock")
+
+
+def _manifests(folder: Path) -> list[Path]:
+    return sorted(folder.glob("manifest*.json"))
+
+
+def _begun(folder: Path, wanted: Manifest) -> dict[int, str]:
+    """Gives the hashes of all shards that any writer has made, and refuses a folder of another cache."""
+    found: dict[int, str] = {}
+    for path in _manifests(folder):
+        manifest = Manifest.load(path)
+        _require_equal(dataclasses.replace(manifest, shards={}), dataclasses.replace(wanted, shards={}), folder)
+        found |= manifest.shards
+    return found
 
 
 def _read_whole(path: Path, digest: str) -> bytes:
@@ -296,15 +349,22 @@ class CachedTargets:
     """
 
     def __init__(self, folder: Path, key: CacheKey) -> None:
-        self.folder, self.manifest = Path(folder), Manifest.load(folder)
+        self.folder = Path(folder)
+        if not (self.folder / MANIFEST).is_file():
+            shares = len(_manifests(self.folder))
+            raise DataError(
+                f"{folder} holds no cached targets{f', but {shares} shares of some' if shares else ''}.",
+                fix="Make them with 'minherit share cache'; without --share it joins shares.",
+            )
+        self.manifest = Manifest.load(self.folder / MANIFEST)
         _require_equal(self.manifest, dataclasses.replace(self.manifest, key=key), self.folder)
         if not self.manifest.complete:
             raise DataError(
                 f"The cached targets in {folder} are not complete.",
-                got=f"{len(self.manifest.shards)} shards",
+                got=f"{len(self.manifest.shards)} of {self.manifest.num_shards} shards",
                 fix="Run the same 'minherit share cache' again: it goes on where it stopped.",
             )
-        for index in range(len(self.manifest.shards)):
+        for index in range(self.manifest.num_shards):
             if not shard_path(self.folder, index).is_file():
                 raise _damaged(shard_path(self.folder, index))
         self._open: dict[int, dict[str, np.ndarray]] = {}

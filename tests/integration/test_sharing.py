@@ -178,6 +178,14 @@ def test_a_cache_is_made_by_one_process_whatever_pipeline_trains_with_it(work, t
     files = [(work / name / "targets-000000.safetensors").read_bytes() for name in ("alone", "many")]
     assert files[0] == files[1]
     capsys.readouterr()
+    words[-1] = "2"
+    for share in (["--share", "1/2"], ["--share", "0/2"], []):
+        assert main(["share", "cache", piped, str(work / "joined"), *words, *share]) == 0
+    assert "share 0/2 is finished" in capsys.readouterr().out
+    assert main(["share", "cache", piped, str(work / "whole"), *words]) == 0
+    for path in (work / "whole").iterdir():
+        assert (work / "joined" / path.name).read_bytes() == path.read_bytes(), path.name
+    capsys.readouterr()
     assert main(["share", "cache", piped, str(work / "long"), "data.epochs=1", "--samples", "99999"]) == 4
     assert "samples" in capsys.readouterr().err
 

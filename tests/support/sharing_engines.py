@@ -193,11 +193,11 @@ def _distill(case: Case) -> Any:
     if case.distill is None:
         return None
     from megatron_inherit.checkpoint.detect import open_source
-    from megatron_inherit.distill.cache import CachedTargets, Manifest
+    from megatron_inherit.distill.cache import MANIFEST, CachedTargets, Manifest
     from megatron_inherit.distill.losses import Mix
     from megatron_inherit.distill.options import Distill
 
-    cache = CachedTargets(Path(case.cache), Manifest.load(Path(case.cache)).key) if case.cache else None
+    cache = CachedTargets(Path(case.cache), Manifest.load(Path(case.cache, MANIFEST)).key) if case.cache else None
     return Distill(mix=Mix(**case.distill), teacher=open_source(case.teacher) if case.teacher else None, cache=cache)
 
 

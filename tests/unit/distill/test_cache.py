@@ -8,12 +8,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from megatron_inherit.arch.presets import preset
-from megatron_inherit.base.errors import DataError
+from megatron_inherit.base.errors import DataError, UsageError
 from megatron_inherit.checkpoint.detect import open_source
 from megatron_inherit.distill.cache import (
     CachedTargets,
     CacheKey,
     Manifest,
+    Share,
     shard_path,
     teacher_fingerprint,
     write_cache,
@@ -22,6 +23,7 @@ from megatron_inherit.inherit.inheritune import plan_fresh
 from megatron_inherit.plan.execute import execute
 
 KEY = CacheKey("teacher", "tokenizer", "data", 1.0, sequence_length=4, vocab_size=100)
+WHOLE = Share()
 WANTED = Manifest(KEY, "top", entries=3, num_samples=10, shard_samples=4)
 
 
@@ -34,8 +36,8 @@ def predict(samples):
     return ids, -(ids / 10).astype(np.float32)
 
 
-def write(folder, wanted=WANTED, shards=None):
-    return list(itertools.islice(write_cache(folder, wanted, batch, predict), shards))
+def write(folder, wanted=WANTED, shards=None, share=WHOLE):
+    return list(itertools.islice(write_cache(folder, wanted, batch, predict, share), shards))
 
 
 def test_an_interrupted_cache_goes_on(tmp_path):
@@ -47,6 +49,37 @@ def test_an_interrupted_cache_goes_on(tmp_path):
     assert write(tmp_path / "whole") == [4, 8, 10]
     for name in ("manifest.json", *(shard_path(tmp_path, shard).name for shard in range(3))):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_shares_are_joined_to_the_same_cache(tmp_path):
+    assert write(tmp_path / "shared", share=Share(1, 2)) == [4]
+    with pytest.raises(DataError, match=r"1 shares.*without --share"):
+        CachedTargets(tmp_path / "shared", KEY)
+    assert write(tmp_path / "shared", share=Share(0, 2), shards=1) == [4]
+    assert write(tmp_path / "shared", share=Share(0, 2)) == [6]
+    assert write(tmp_path / "shared") == [], "whoever joins makes nothing again"
+    write(tmp_path / "whole")
+    names = {path.name for path in (tmp_path / "shared").iterdir()}
+    assert names == {path.name for path in (tmp_path / "whole").iterdir()}
+    for name in names:
+        assert (tmp_path / "shared" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_what_a_share_lacks_is_made_by_the_one_who_joins(tmp_path):
+    write(tmp_path, share=Share(0, 2), shards=1)
+    assert write(tmp_path) == [8, 10]
+    assert CachedTargets(tmp_path, KEY).manifest.complete
+
+
+def test_two_writers_of_one_share_are_refused(tmp_path):
+    running = write_cache(tmp_path, WANTED, batch, predict, Share(0, 2))
+    next(running)
+    for share in (Share(0, 2), WHOLE):
+        with pytest.raises(UsageError, match="Another job is writing"):
+            write(tmp_path, share=share)
+    assert write(tmp_path, share=Share(1, 2)) == [4]
+    assert list(running) == [6]
+    assert write(tmp_path) == []
 
 
 def test_targets_come_back_by_sample_in_any_order(tmp_path):
@@ -92,7 +125,7 @@ def test_a_damaged_shard_is_refused_and_made_anew(tmp_path, harm):
     assert CachedTargets(tmp_path, KEY).read(np.array([4]))[0].shape == (1, 4, 3)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 2}', '{"version": 2, "key": {"teacher": 1}}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 3}', '{"version": 3, "key": {"teacher": 1}}'])
 def test_a_manifest_of_something_else_is_refused(tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(DataError, match=r"manifest.json is (damaged|of another version).*again"):

@@ -138,6 +138,14 @@ def test_targets_do_not_go_into_a_file(capsys, tmp_path):
     assert "out is a file" in text
 
 
+@pytest.mark.parametrize("share", ["2/2", "1", "-1/2", "a/b"])
+def test_a_share_that_is_none_is_refused(capsys, tmp_path, share):
+    code, text = said(capsys, "cache", "tiny-llama-cpu", tmp_path / "out", "--share", share)
+    assert code == 2
+    assert "INDEX/COUNT" in text
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("largest", "length", "message"), [(10**6, 8, "beyond"), (5, 4096, "longer than")])
 def test_windows_that_do_not_fit_the_learngene_are_refused(capsys, gene, tmp_path, largest, length, message):
     ids = np.full((2, length + 1), largest)
