@@ -5,10 +5,17 @@ for argument in "$@"; do
   case "$argument" in
     --dry-run) dry_run=true ;;
     --smoke) smoke=true ;;
-    -h | --help) sed -n '2,/^set -/s/^# \{0,1\}//p' "$0" | sed '$d'; exit 0 ;;
+    -h | --help) sed -n '2,/^set -/s/^# \{0,1\}//p' "examples/$(basename "$0")"; exit 0 ;;
     *) echo "$0: unknown option $argument; there are --smoke, --dry-run and --help." >&2; exit 2 ;;
   esac
 done
+if ! command -v minherit >/dev/null; then
+  PATH="$PWD/.venv/bin:$PATH"
+  command -v minherit >/dev/null || $dry_run || {
+    echo "$0: minherit is not installed; 'bash tools/setup.sh megatron,deepspeed,kernels,hf,data,eval,plots' makes .venv, or activate yours." >&2
+    exit 2
+  }
+fi
 
 step() { printf '\n== %s\n' "$*"; }
 run() {

@@ -5,7 +5,11 @@
 # Students train for 50 steps, so that the first ones do not match a teacher of 1,000 and there are rounds to decide.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# shellcheck source=examples/no_arguments.sh
+source examples/no_arguments.sh
+
+bash tools/setup.sh megatron,hf,data,plots
+export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 work="${WORK:-runs/growth-modes}" data="${DATA:-runs/studies/data}" teacher="${TEACHER:-runs/studies/cpu/teacher}"
 for needed in "$data/subset" "$teacher"; do

@@ -5,6 +5,8 @@
 #   bash examples/inheritune_smollm2_cpu.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=examples/no_arguments.sh
+source examples/no_arguments.sh
 
 bash tools/setup.sh megatron,hf,data,gguf,eval,plots
 export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false

@@ -4,6 +4,8 @@
 #   bash examples/quickstart.sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=examples/no_arguments.sh
+source examples/no_arguments.sh
 
 bash tools/setup.sh megatron,hf,data,plots
 export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1

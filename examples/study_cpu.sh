@@ -4,11 +4,16 @@
 #   bash examples/study_cpu.sh [initialisation-cpu|layers-cpu|depth-cpu|baselines-cpu|repetition-cpu|rewarming-cpu|repair-cpu]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+study=${1:-initialisation-cpu}
+case "$study" in
+  initialisation-cpu | layers-cpu | depth-cpu | baselines-cpu | repetition-cpu | rewarming-cpu | repair-cpu) ;;
+  -h | --help) sed -n '2,/^set -/s/^# \{0,1\}//p' "examples/$(basename "$0")"; exit 0 ;;
+  *) echo "$0: there is no study $study here; --help names them." >&2; exit 2 ;;
+esac
 
 bash tools/setup.sh megatron,hf,data,plots
 export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
-study=${1:-initialisation-cpu}
 data=runs/studies/data
 mkdir -p "$data"
 if [ ! -e "$data/valid.safetensors" ]; then

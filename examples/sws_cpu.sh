@@ -7,6 +7,8 @@
 # SWS_ROWS    appends to benchmarks/results/NAME.csv too   SWS_OVERRIDES  further key.path=value words for every run
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+# shellcheck source=examples/no_arguments.sh
+source examples/no_arguments.sh
 
 bash tools/setup.sh megatron,hf,data,plots
 export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1
@@ -16,7 +18,7 @@ out="${SWS_WORK:-runs/sws-cpu}"
 text="${SWS_TEXT:-library}"
 [[ "$text" =~ ^(library|modules)$ ]] || { echo "SWS_TEXT is '$text'; it can be library or modules." >&2 && exit 2; }
 read -ra seeds <<<"${SWS_SEEDS:-1 2}"
-read -ra quick <<<"${SWS_OVERRIDES:-}" # for instance train.steps=4, to see every command run
+read -ra quick <<<"${SWS_OVERRIDES:-}" # for instance "train.steps=4 schedule.warmup_steps=1", to see every command run
 step() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
 run() { printf '$ %s\n' "$*"; "$@"; }
 began=$SECONDS

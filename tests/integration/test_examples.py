@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 INHERITUNE = ("inheritune_llama2_7b_50B.sh", "inheritune_openllama3b_1B.sh")
 SWS = "sws_llama2_7b.sh"
 GROW = ("grow_gpt2_medium.sh", "grow_gpt2_large.sh")
+ON_A_CPU = ("quickstart.sh", "inheritune_smollm2_cpu.sh", "sws_cpu.sh", "study_cpu.sh", "grow_modes_cpu.sh")
 DATA = ("data ingest", "data tokenize", "data subset", "data windows")
 
 
@@ -77,6 +78,22 @@ def test_an_option_that_is_none_is_refused(name, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", [*INHERITUNE, *GROW, SWS, *ON_A_CPU])
+def test_help_is_had_from_any_folder_and_a_stray_word_begins_nothing(name):
+    def told(word):
+        env = {"PATH": "/usr/bin:/bin"}  # neither Python nor minherit is needed, and no set-up begins
+        folder = ROOT / "examples"
+        return subprocess.run(["bash", name, word], cwd=folder, env=env, capture_output=True, text=True)
+
+    shown = told("--help")
+    assert shown.returncode == 0, shown.stderr
+    assert f"bash examples/{name}" in shown.stdout
+    stray = told("some-word")
+    assert stray.returncode == 2
+    assert "some-word" in stray.stderr
+    assert stray.stdout == ""
+
+
 @pytest.mark.parametrize("name", INHERITUNE)
 def test_a_smoke_run_ends_with_a_student_and_a_page(name, tmp_path):
     done = run_example(name, "--smoke", SMOKE_WORK=str(tmp_path / "work"))
