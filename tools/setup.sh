@@ -17,10 +17,6 @@ import sys
 sys.exit(sys.version_info < (3, 11))
 PY
 
-if [ ! -x "$venv/bin/python" ]; then
-  "$python" -m venv "$venv" || { echo "setup: python3 -m venv failed; on Debian: apt-get install python3-venv." >&2; exit 2; }
-fi
-
 want="$(cat pyproject.toml constraints.txt tools/setup.sh | sha256sum | cut -d' ' -f1)"
 have="$(head -n 1 "$stamp" 2>/dev/null || true)"
 installed="$(tail -n +2 "$stamp" 2>/dev/null || true)"
@@ -28,8 +24,13 @@ missing=""
 for extra in ${extras//,/ }; do
   grep -qx "$extra" <<<"$installed" || missing="$missing $extra"
 done
-if [ "$want" = "$have" ] && [ -z "$missing" ]; then
+if [ "$want" = "$have" ] && [ -z "$missing" ] && [ -x "$venv/bin/python" ]; then
   exit 0
+fi
+
+# Without python3-venv a folder comes about that has Python and no pip.
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+  "$python" -m venv "$venv" || { echo "setup: python3 -m venv failed; on Debian: apt-get install python3-venv." >&2; exit 2; }
 fi
 
 echo "setup: installing into $venv with extras: $extras"

@@ -121,3 +121,27 @@ def test_shell_scripts_are_clean_under_shellcheck(script):
             pytest.fail("shellcheck is not installed: apt-get install shellcheck")
         pytest.skip("shellcheck is not installed: apt-get install shellcheck")
     run(["shellcheck", "-x", script], cwd=ROOT)
+
+
+def test_an_environment_without_pip_is_made_whole(tmp_path):
+    """As on a Debian without python3-venv: the first try leaves a Python that has no pip, the second has to notice."""
+    (tmp_path / "tools").mkdir()
+    for name in ("tools/setup.sh", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    python = tmp_path / "python3"
+    python.write_text(
+        f'#!/bin/sh\n[ "$1" = -m ] || exec {sys.executable} "$@"\n'
+        f'echo "$@" >> tries\n{sys.executable} -m venv --without-pip "$3"\nexit 1\n'
+    )
+    python.chmod(0o755)
+    for tries in (1, 2):
+        done = subprocess.run(
+            ["bash", "tools/setup.sh", "hf"],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHON": str(python)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 2
+        assert "apt-get install python3-venv" in done.stderr
+        assert (tmp_path / "tries").read_text() == "-m venv .venv\n" * tries
