@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_inherit.arch.model_config import ModelConfig
+from megatron_inherit.base.errors import CheckpointError
 from megatron_inherit.checkpoint.dtypes import CARRIERS, cast
-from megatron_inherit.checkpoint.extents import Shape
+from megatron_inherit.checkpoint.extents import ITEM_SIZES, Shape
 from megatron_inherit.checkpoint.gather import row_major
 from megatron_inherit.checkpoint.manifest import TensorHash, hash_source, row_tiles
-from megatron_inherit.checkpoint.stream import Source, read_box
+from megatron_inherit.checkpoint.stream import Source, StoredTensor, read_box
 
 _FUNCTION = ("num_heads", "num_kv_heads", "norm_eps", "rope", "sliding_window", "attn_scale_by_layer", "residual")
 
@@ -51,8 +52,37 @@ class Difference:
         return f"{self.tensor}: {self.what} {self.left} and {self.right}"
 
 
+def pairs_of(
+    left: Source, right: Source, *, sources: Mapping[str, str] | None = None, optimizer: bool = False
+) -> list[tuple[str, str]]:
+    """Says what is compared with what: keys of the left checkpoint and of the right one.
+
+    Args:
+        left: One checkpoint.
+        right: The other.
+        sources: As ``compare`` takes them.
+        optimizer: The optimizer state of these tensors too.
+
+    Raises:
+        CheckpointError: Optimizer state is to be compared and one of the two has none that can be read.
+    """
+    names = dict.fromkeys([*left.tensors, *right.tensors])
+    origins = {name: name for name in names} if sources is None else sources
+    pairs = [(origin, name) for name, origin in origins.items()]
+    if optimizer:
+        kinds = dict.fromkeys([*_kinds(left), *_kinds(right)])
+        with_state = {name: origin for name, origin in origins.items() if _actual(right, name) == name}
+        pairs += [(f"{kind}:{origin}", f"{kind}:{name}") for kind in kinds for name, origin in with_state.items()]
+    return pairs
+
+
 def compare(
-    left: Source, right: Source, *, sources: Mapping[str, str] | None = None, threads: int = 4
+    left: Source,
+    right: Source,
+    *,
+    sources: Mapping[str, str] | None = None,
+    optimizer: bool = False,
+    threads: int = 4,
 ) -> list[Difference]:
     """Compares all weights; the first difference of each tensor is given, in the order of the model.
 
@@ -63,15 +93,20 @@ def compare(
         right: The other.
         sources: The teacher's tensor for each of the student's that shall be compared, after a cast where the types
             differ; default: all tensors of both, each with that of its own name and type.
+        optimizer: Compares fp32 weights and moments too. Weights that a checkpoint has as fp32 weights alone are then
+            rounded to the type of the others.
         threads: Tensors compared at once.
+
+    Raises:
+        CheckpointError: Optimizer state is to be compared and one of the two has none that can be read.
     """
-    if sources is None:
-        pairs = [(name, name) for name in dict.fromkeys([*left.tensors, *right.tensors])]
-    else:
-        pairs = [(origin, name) for name, origin in sources.items()]
+    pairs = pairs_of(left, right, sources=sources, optimizer=optimizer)
+
+    def one(pair: tuple[str, str]) -> Difference | None:
+        return _compare_tensor(left, right, *pair, casts=sources is not None, rounds=optimizer)
+
     with ThreadPoolExecutor(threads) as pool:
-        results = pool.map(lambda pair: _compare_tensor(left, right, *pair, casts=sources is not None), pairs)
-        return [found for found in results if found is not None]
+        return [found for found in pool.map(one, pairs) if found is not None]
 
 
 def compare_configs(left: ModelConfig, right: ModelConfig) -> list[Difference]:
@@ -84,11 +119,35 @@ def compare_configs(left: ModelConfig, right: ModelConfig) -> list[Difference]:
     ]
 
 
-def compare_manifest(source: Source, hashes: Mapping[str, TensorHash]) -> list[Difference]:
-    """Compares the hashes of all weights with those of a manifest."""
-    found = hash_source(source)
+def compare_optimizers(left: Source, right: Source) -> list[Difference]:
+    """Compares what stands beside the moments: the number of updates and Adam's settings, where both tell them."""
+    facts = {"updates": ("optimizer_step", "iteration"), "betas and epsilon": ("adam",)}
     differences = []
-    for name in dict.fromkeys([*found, *(key for key in hashes if ":" not in key)]):
+    for what, keys in facts.items():
+        mine, other = (next((one.details[key] for key in keys if one.details.get(key)), None) for one in (left, right))
+        if mine and other and (tuple(mine) != tuple(other) if what != "updates" else int(mine) != int(other)):
+            differences.append(Difference(f"optimizer {what}", "values", str(mine), str(other)))
+    return differences
+
+
+def compare_manifest(source: Source, hashes: Mapping[str, TensorHash], *, optimizer: bool = False) -> list[Difference]:
+    """Compares the hashes of all weights with those of a manifest.
+
+    Args:
+        source: The checkpoint.
+        hashes: The manifest's.
+        optimizer: Compares those of fp32 weights and moments too.
+
+    Raises:
+        CheckpointError: Optimizer state is to be compared and one of the two has none.
+    """
+    if optimizer:
+        _kinds(source)
+        if not any(":" in key for key in hashes):
+            raise CheckpointError("The manifest has no hashes of optimizer state.", fix="Leave --optimizer out.")
+    found = hash_source(source, [*source.tensors, *(source.optimizer if optimizer else ())])
+    differences = []
+    for name in dict.fromkeys([*found, *(key for key in hashes if optimizer or ":" not in key)]):
         mine, other = found.get(name), hashes.get(name)
         if mine is None or other is None:
             differences.append(Difference(name, "missing", _state(mine), _state(other)))
@@ -97,34 +156,68 @@ def compare_manifest(source: Source, hashes: Mapping[str, TensorHash]) -> list[D
     return differences
 
 
-def _compare_tensor(left: Source, right: Source, origin: str, name: str, *, casts: bool) -> Difference | None:
-    ours, theirs = left.tensors.get(_actual(left, origin)), right.tensors.get(_actual(right, name))
+def _compare_tensor(
+    left: Source, right: Source, origin: str, name: str, *, casts: bool, rounds: bool
+) -> Difference | None:
+    ours, theirs = _find(left, origin), _find(right, name)
     if ours is None or theirs is None:
         return Difference(name, "missing", _state(ours), _state(theirs))
     if ours.shape != theirs.shape:
         return Difference(name, "shape", str(list(ours.shape)), str(list(theirs.shape)))
-    if ours.dtype != theirs.dtype and not casts:
+    common = theirs.dtype
+    if rounds and (_is_master(left, origin) or _is_master(right, name)):
+        common = min(ours.dtype, theirs.dtype, key=ITEM_SIZES.__getitem__)
+    elif ours.dtype != theirs.dtype and not (casts and ":" not in name):
         return Difference(name, "dtype", ours.dtype, theirs.dtype)
     first: tuple[Shape, str, str] | None = None
     count, largest = 0, 0.0
     for start, shape in row_tiles(ours, theirs):
-        mine = row_major(cast(read_box(left.pool, ours, start, shape), ours.dtype, theirs.dtype))
-        other = row_major(read_box(right.pool, theirs, start, shape))
-        bits = np.dtype(f"u{CARRIERS[theirs.dtype].itemsize}")
+        mine = row_major(cast(read_box(left.pool, ours, start, shape), ours.dtype, common))
+        other = row_major(cast(read_box(right.pool, theirs, start, shape), theirs.dtype, common))
+        bits = np.dtype(f"u{CARRIERS[common].itemsize}")
         differing = mine.view(bits) != other.view(bits)
         if not differing.any():
             continue
-        a, b = (cast(values[differing], theirs.dtype, "F64") for values in (mine, other))
+        a, b = (cast(values[differing], common, "F64") for values in (mine, other))
         if first is None:
             where = np.unravel_index(int(differing.argmax()), differing.shape)
             index = tuple(int(at) + low for at, low in zip(where, start, strict=True))
             first = (index, f"{a[0]:.9g}", f"{b[0]:.9g}")
         count += int(differing.sum())
         with np.errstate(invalid="ignore"):
-            largest = max(largest, float(np.abs(a - b).max()))
+            largest = float(np.maximum(largest, np.abs(a - b).max()))
     if first is None:
         return None
     return Difference(name, "values", first[1], first[2], first[0], count, largest)
+
+
+def _find(source: Source, key: str) -> StoredTensor | None:
+    """Gives a tensor; of a model that is trained in fp32 the weights are the fp32 weights."""
+    kind, _, name = key.rpartition(":")
+    found = source.optimizer.get(key) if kind else source.tensors.get(_actual(source, name))
+    weight = source.tensors.get(name)
+    return weight if found is None and kind == "fp32" and weight is not None and weight.dtype == "F32" else found
+
+
+def _is_master(source: Source, name: str) -> bool:
+    """Tells whether a checkpoint holds a weight as the optimizer's fp32 weight alone."""
+    weight = source.tensors.get(name)
+    return weight is not None and weight is source.optimizer.get(f"fp32:{name}")
+
+
+def _kinds(source: Source) -> list[str]:
+    """Lists the kinds of optimizer state of a checkpoint.
+
+    Raises:
+        CheckpointError: It has none that can be read.
+    """
+    found = sorted({key.partition(":")[0] for key in source.optimizer})
+    if not found:
+        raise CheckpointError(
+            f"{source.path} ({source.format}) has no optimizer state that can be compared.",
+            fix=str(source.details.get("optimizer_note") or "Leave --optimizer out."),
+        )
+    return found
 
 
 def _actual(source: Source, name: str) -> str:

@@ -25,11 +25,14 @@ def verify(
     layers: Annotated[
         str, typer.Option(help="B is a student: the block of A behind each of its blocks; default by its inherit.json.")
     ] = "",
+    optimizer: Annotated[
+        bool, typer.Option("--optimizer", help="Also compare the optimizer's fp32 weights, moments and step.")
+    ] = False,
     logits: Annotated[bool, typer.Option("--logits", help="Also compare logits through transformers.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Compare bytes, then logits if asked."""
-    found = _compared(first, second, layers)
+    found = _compared(first, second, layers, optimizer=optimizer)
     result: dict[str, object] = {
         "tensors": found.total,
         "layers": found.lineage and list(found.lineage.layers),
@@ -61,8 +64,8 @@ class _Compared:
     lineage: Lineage | None = None
 
 
-def _compared(first: str, second: str, layers: str) -> _Compared:
-    from megatron_inherit.checkpoint.compare import compare, compare_configs, compare_manifest
+def _compared(first: str, second: str, layers: str, *, optimizer: bool) -> _Compared:
+    from megatron_inherit.checkpoint import compare
     from megatron_inherit.checkpoint.detect import open_source
     from megatron_inherit.checkpoint.manifest import load_file
     from megatron_inherit.inherit.lineage import chosen_lineage, recorded_lineage
@@ -70,16 +73,20 @@ def _compared(first: str, second: str, layers: str) -> _Compared:
 
     with open_source(first) as left:
         if second.endswith(".json"):
-            return _Compared(len(left.tensors), compare_manifest(left, load_file(second)))
+            total = len(left.tensors) + (len(left.optimizer) if optimizer else 0)
+            return _Compared(total, compare.compare_manifest(left, load_file(second), optimizer=optimizer))
         with open_source(second) as right:
             lineage: Lineage | None
             if layers:
                 lineage = chosen_lineage(right.config, parse_layers(layers, left.config.num_layers))
             else:
                 lineage = recorded_lineage(left, second)
-            differences = compare(left, right, sources=lineage.sources if lineage else None)
-            total = len(lineage.sources) if lineage else len({*left.tensors, *right.tensors})
-            return _Compared(total, differences, compare_configs(left.config, right.config), lineage)
+            sources = lineage.sources if lineage else None
+            total = len(compare.pairs_of(left, right, sources=sources, optimizer=optimizer))
+            differences = compare.compare(left, right, sources=sources, optimizer=optimizer)
+            settings = compare.compare_configs(left.config, right.config)
+            settings += compare.compare_optimizers(left, right) if optimizer else []
+            return _Compared(total, differences, settings, lineage)
 
 
 def _tell_student(first: str, second: str, lineage: Lineage, told: str) -> None:

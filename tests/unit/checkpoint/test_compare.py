@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_inherit.arch.model_config import Rope
 from megatron_inherit.checkpoint.compare import compare, compare_configs, compare_manifest
@@ -98,6 +99,97 @@ class TestStudents:
         assert main(["verify", str(student), str(tmp_path / "other")]) == 1
         assert main(["verify", str(teacher), str(tmp_path / "again")]) == 0
         assert "is a student" not in capsys.readouterr().out
+
+
+class TestOptimizer:
+    """Moments and fp32 weights are compared on request, whatever the two formats."""
+
+    KEEP = ("--optimizer", "keep")
+
+    @pytest.fixture
+    def universal(self, tmp_path):
+        arrays = random_arrays(llama())
+        kinds = enumerate(("fp32", "exp_avg", "exp_avg_sq"), 1)
+        state = {f"{kind}:{name}": values * number for number, kind in kinds for name, values in arrays.items()}
+        options = {"optimizer": True, "iteration": 7, "adam": (0.9, 0.95, 1e-8)}
+        return write_checkpoint(tmp_path / "universal", llama(), arrays | state, "ds_universal", **options)
+
+    @pytest.fixture
+    def core(self, universal, tmp_path):
+        """As Megatron-Core keeps it: bf16 weights beside fp32 ones."""
+        words = ["--format", "torch_dist", "--tp", "2", "--dtype", "bf16", *self.KEEP]
+        assert main(["convert", str(universal), str(tmp_path / "core"), *words]) == 0
+        return tmp_path / "core"
+
+    def change(self, folder, key, place, value):
+        with open_source(folder) as source:
+            piece = next(one for one in source.find(key).pieces if one.start == (0,) * len(one.start))
+        with open(piece.extent.file, "r+b") as file:
+            file.seek(piece.extent.offset + piece.extent.item_size * place)
+            file.write(value)
+
+    def test_two_formats_of_one_run_are_equal(self, universal, core, capsys):
+        assert main(["verify", str(universal), str(core)]) == 1  # bf16 is not fp32
+        capsys.readouterr()
+        assert main(["verify", str(universal), str(core), "--optimizer"]) == 0
+        assert main(["verify", str(core), str(universal), "--optimizer", "--json"]) == 0
+        told = capsys.readouterr().out
+        assert "156 of 156 tensors are equal" in told
+        assert '"tensors": 156' in told
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("exp_avg:layers.2.mlp.down.weight", b"\x00\x00\x80\x3f"),
+            ("exp_avg_sq:head.weight", b"\x00\x00\x80\x3f"),
+            ("fp32:embed.weight", b"\x00\x00\x80\x3f"),
+            ("layers.0.mlp.down.weight", b"\x80\x3f"),
+        ],
+    )
+    def test_a_changed_element_of_any_kind_is_named(self, universal, core, capsys, key, value):
+        self.change(core, key, 3, value)
+        capsys.readouterr()
+        for pair in ((universal, core), (core, universal)):
+            assert main(["verify", *map(str, pair), "--optimizer"]) == 1
+            told = capsys.readouterr().out
+            assert f"{key}[0, 3]: " in told
+            assert "1 elements differ" in told
+            assert "155 of 156" in told
+
+    def test_other_settings_are_named(self, universal, core, capsys):
+        path = core / "iter_0000007" / "common.pt"
+        common = torch.load(path, weights_only=False)
+        for group in common["optimizer"]["optimizer"]["param_groups"]:
+            group |= {"step": 8, "betas": (0.9, 0.999)}
+        torch.save(common, path)
+        assert main(["verify", str(universal), str(core), "--optimizer"]) == 1
+        told = capsys.readouterr().out
+        assert "optimizer updates: values 7 and 8" in told
+        assert "optimizer betas and epsilon: values (0.9, 0.95, 1e-08) and (0.9, 0.999, 1e-08)" in told
+
+    def test_students_are_compared_with_their_state(self, universal, tmp_path, capsys):
+        words = ["--layers", "3,0", "--reset", "head", "--format", "torch_dist", *self.KEEP]
+        assert main(["inherit", str(universal), str(tmp_path / "s"), *words]) == 0
+        assert main(["verify", str(universal), str(tmp_path / "s"), "--optimizer"]) == 0
+        assert "80 of 80 tensors" in capsys.readouterr().out
+        self.change(tmp_path / "s", "exp_avg:layers.1.attn.o.weight", 0, b"\x00\x00\x80\x3f")
+        assert main(["verify", str(universal), str(tmp_path / "s"), "--optimizer"]) == 1
+        assert "exp_avg:layers.1.attn.o.weight[0, 0]" in capsys.readouterr().out
+
+    def test_manifests_have_it(self, core, capsys):
+        assert main(["verify", str(core), str(core / "manifest.json"), "--optimizer"]) == 0
+        self.change(core, "exp_avg:embed.weight", 0, b"\x00\x00\x80\x3f")
+        assert main(["verify", str(core), str(core / "manifest.json")]) == 0
+        assert main(["verify", str(core), str(core / "manifest.json"), "--optimizer"]) == 1
+        assert "exp_avg:embed.weight: hash" in capsys.readouterr().out
+
+    def test_a_checkpoint_without_state_is_refused(self, universal, core, tmp_path, capsys):
+        assert main(["convert", str(universal), str(tmp_path / "ranks"), "--format", "megatron"]) == 0
+        for pair in ((tmp_path / "ranks", core), (core, tmp_path / "ranks")):
+            assert main(["verify", *map(str, pair), "--optimizer"]) == 5
+            told = capsys.readouterr().err
+            assert "ranks (megatron) has no optimizer state that can be compared" in told
+            assert "mp_rank files" in told
 
 
 def test_shapes_types_and_absence(tmp_path):
