@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import warnings
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -27,7 +27,13 @@ def train(
     resume: Annotated[
         str, typer.Option(help="auto: go on from the newest whole checkpoint; never: refuse one.")
     ] = "auto",
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, show what would run, and stop.")] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Check all that can be checked without a GPU, show what would run, and stop."),
+    ] = False,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Of --dry-run: how many processes the run will have.")
+    ] = None,
     profile: Annotated[bool, typer.Option("--profile", help="Write a torch trace of a few steps.")] = False,
 ) -> None:
     """Pretrain from a recipe; run again to go on after an interruption."""
@@ -38,16 +44,20 @@ def train(
     if os.environ.get("RANK") != before:
         log.set_up(verbose=log.get_logger(__name__).isEnabledFor(logging.DEBUG))
     from megatron_inherit.config.load import load_recipe, to_yaml
-    from megatron_inherit.train.inputs import open_data
-    from megatron_inherit.train.preflight import plan_run
 
     config = load_recipe(recipe, overrides or [])
+    mode: Literal["auto", "never"] = "never" if resume == "never" else "auto"
     if dry_run:
-        plan = plan_run(config)
-        open_data(plan, rank=0)
+        from megatron_inherit.train.preflight import plan_run
+        from megatron_inherit.train.rehearsal import rehearse
+
+        plan = plan_run(config, world_size=processes)
+        rehearse(plan, resume=mode)
         typer.echo(to_yaml(config) + "# " + json.dumps(plan.summary()))
         return
+    if processes is not None:
+        raise UsageError("--processes belongs to --dry-run.", fix="The launcher starts the processes of a run.")
     warnings.filterwarnings("ignore", module=r"megatron\.")
     from megatron_inherit.train.loop import pretrain
 
-    pretrain(config, resume="never" if resume == "never" else "auto", profile=profile)
+    pretrain(config, resume=mode, profile=profile)

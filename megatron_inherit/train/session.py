@@ -151,7 +151,7 @@ def open_session(plan: RunPlan, *, resume: Resume = "auto", profile: bool = Fals
             profile=_profile(plan, rank, profile),
             tasks=tasks,
             resume=resume,
-            skipped=_read_skipped(plan.output),
+            skipped=read_skipped(plan.output),
         )
         stack.callback(session.saver.close, wait=False)
         stack.callback(session.metrics.close)
@@ -183,13 +183,18 @@ def _prepare_folder(plan: RunPlan, resume: Resume) -> None:
     checkpoints = plan.output / "checkpoints"
     if resume == "never":
         refuse_checkpoints(checkpoints)
-    outdated = _keep_policy(plan).outdated(list_steps(checkpoints))
-    require_checkpoint_space(plan.output, plan.checkpoint_bytes, outdated=len(outdated))
+    require_room(plan)
     checkpoints.mkdir(exist_ok=True)
     remove_leftovers(checkpoints)
     if list_steps(checkpoints):
         refuse_other_start(plan)
     _tell_changes(plan.output / RECIPE, to_yaml(plan.config))
+
+
+def require_room(plan: RunPlan) -> None:
+    """Raises DiskError unless a run's next checkpoints fit on its disk."""
+    outdated = _keep_policy(plan).outdated(list_steps(plan.output / "checkpoints"))
+    require_checkpoint_space(plan.output, plan.checkpoint_bytes, outdated=len(outdated))
 
 
 def _tell_changes(path: Path, text: str) -> None:
@@ -332,6 +337,7 @@ def _profile(plan: RunPlan, rank: int, wanted: bool) -> Callable[[int], Profiler
     return functools.partial(Profiler, folder, rank, plan.config.logging.profile_steps)
 
 
-def _read_skipped(folder: Path) -> list[tuple[int, int]]:
+def read_skipped(folder: Path) -> list[tuple[int, int]]:
+    """Reads the ranges of samples that a run gave up."""
     path = folder / SKIPPED
     return [tuple(pair) for pair in json.loads(path.read_text())] if path.exists() else []

@@ -69,3 +69,28 @@ def test_a_node_with_other_data_or_another_recipe_is_named(tmp_path):
     assert ended.codes == [3, 3], ended.text
     assert "the same recipe" in ended.texts[0]
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_a_dry_run_refuses_what_the_run_would_and_leaves_nothing(tmp_path):
+    forked_world.preload()
+    words = ["train", tiny_run.recipe(tmp_path, tiny_run.write_corpus(tmp_path / "corpus"))]
+    assert forked_world.run(tmp_path / "first", [*words, "train.stop_after=2"]).codes == [75]
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    elsewhere = [f"run.output={tmp_path / 'elsewhere'}", f"distill.teacher={tmp_path / 'run'}"]
+    for more, code in (
+        ([], 0),
+        (["parallel.tp=2"], 3),
+        (["parallel.tp=2", "--processes", "2"], 0),
+        (["--resume", "never"], 2),
+        (["train.steps=1"], 3),
+        (["run.seed=3"], 5),
+        (["model.shape.num_layers=3"], 5),
+        (elsewhere, 0),
+        ([*elsewhere, f"distill.cache={tmp_path / 'none'}"], 4),
+        ([*elsewhere, "eval.tasks={names: [no-such-task]}"], 2),
+        (["--processes", "2"], 0),
+    ):
+        ended = forked_world.run(tmp_path.parent / "dry", [*words, *more, "--dry-run"])
+        assert ended.codes == [code], (more, ended.text)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert forked_world.run(tmp_path / "second", [*words, "--processes", "2"]).codes == [2]
