@@ -31,6 +31,10 @@ THEME = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"} | {
 }
 _DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 1.5, 2)), (0, (1, 1)), (0, (4, 1, 1, 1, 1, 1)))
 
+_REFERENCE_DASH = (0, (4, 3))
+_SAMPLE = 26.0
+"""Length in points of a line's sample beside its label."""
+
 _STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 11,
@@ -62,7 +66,7 @@ class Curve:
 
     Attributes:
         label: Its name, written at the end of the line.
-        x: Tokens seen.
+        x: Tokens seen; nothing of an arm that only keeps its place, so that every arm has one colour in all figures.
         y: Loss in nats.
         error: Standard error of each y, drawn as a band, or None.
     """
@@ -114,7 +118,9 @@ def _draw_losses(
     figure: Figure, axes: Axes, curves: Sequence[Curve], reference: tuple[str, float] | None, ylabel: str
 ) -> None:
     for number, curve in enumerate(curves):
-        color, dash = SERIES[number % len(SERIES)], _DASHES[number // len(SERIES) % len(_DASHES)]
+        if not len(curve.x):
+            continue
+        color, dash = _look(number)
         mark: dict[str, Any] = {"marker": "o", "markersize": 3.5} if len(curve.x) <= 40 else {}
         axes.plot(curve.x, curve.y, color=color, linestyle=dash, solid_capstyle="round", **mark)
         if curve.error is not None and any(value is not None for value in curve.error):
@@ -124,7 +130,7 @@ def _draw_losses(
     _loss_axis(axes, curves, reference)
     axes.set_ylabel(ylabel)
     if reference is not None:
-        axes.axhline(reference[1], color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.axhline(reference[1], color=MUTED, linewidth=1.2, linestyle=_REFERENCE_DASH)
     _end_labels(figure, axes, curves, reference)
 
 
@@ -201,7 +207,7 @@ def points(
             x, y, yerr=[e or 0.0 for e in error], color=SERIES[number % len(SERIES)], marker="o", capsize=3, label=label
         )
     if reference is not None:
-        axes.axhline(reference[1], color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)), label=reference[0])
+        axes.axhline(reference[1], color=MUTED, linewidth=1.2, linestyle=_REFERENCE_DASH, label=reference[0])
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.xaxis.set_major_locator(require("matplotlib.ticker").MaxNLocator(integer=True))
     axes.legend(frameon=False)
@@ -222,7 +228,7 @@ def curves_and_table(
     top, below = figure.subplots(2, 1, height_ratios=(4.4, table_height))
     _draw_losses(figure, top, curves, reference, "validation loss (nats)")
     if reference is not None:
-        top.axhline(reference[1], color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
+        top.axhline(reference[1], color=MUTED, linewidth=1.2, linestyle=_REFERENCE_DASH)
     below.axis("off")
     table = below.table([list(row) for row in rows], colLabels=list(header), loc="upper center", edges="horizontal")
     table.auto_set_font_size(False)
@@ -308,25 +314,46 @@ def _end_labels(
 ) -> None:
     """Writes each line's name at its end, pushed apart where lines end close together."""
     right = max((curve.x[-1] for curve in curves if len(curve.x)), default=1)
-    wanted = [(curve.y[-1], curve.label, SERIES[i % len(SERIES)]) for i, curve in enumerate(curves) if len(curve.y)]
-    wanted += [(reference[1], reference[0], MUTED)] if reference else []
+    wanted = [
+        (float(ends[-1]), curve.label, *_look(number))
+        for number, curve in enumerate(curves)
+        if (ends := [y for y in curve.y if np.isfinite(y)])
+    ]
+    wanted += [(reference[1], reference[0], MUTED, _REFERENCE_DASH)] if reference else []
     wanted.sort(key=lambda entry: entry[0])
+    sampled = len({dash for *_, dash in wanted if dash != _REFERENCE_DASH}) > 1
     figure.draw_without_rendering()
     low, high = axes.get_ylim()
     points_per_unit = axes.get_window_extent().height * 72 / figure.dpi / (high - low)
-    heights = spread([(y - low) * points_per_unit for y, _, _ in wanted], gap)
-    for (y, label, color), height in zip(wanted, heights, strict=True):
+    heights = spread([(y - low) * points_per_unit for y, *_ in wanted], gap)
+    for (y, label, color, dash), height in zip(wanted, heights, strict=True):
         shift = height - (y - low) * points_per_unit
+        if sampled:
+            _sample(figure, axes, (right, y), shift, color=color, dash=dash)
         axes.annotate(
             label,
             (right, y),
-            xytext=(8, shift),
+            xytext=(8 + (_SAMPLE + 5 if sampled else 0), shift),
             textcoords="offset points",
             color=color,
             va="center",
             fontsize=10.5,
             annotation_clip=False,
         )
+
+
+def _look(number: int) -> tuple[str, Any]:
+    """Gives an arm's colour and dash: where the colours are used up they come again, dashed."""
+    return SERIES[number % len(SERIES)], _DASHES[number // len(SERIES) % len(_DASHES)]
+
+
+def _sample(figure: Figure, axes: Axes, end: tuple[float, float], shift: float, *, color: str, dash: Any) -> None:
+    """Draws a piece of a line before its label, which stands ``shift`` points above the line's end."""
+    transforms = require("matplotlib.transforms", "plots")
+    one_point = transforms.Affine2D().scale(1 / 72) + figure.dpi_scale_trans
+    place = one_point + transforms.ScaledTranslation(*end, axes.transData)
+    line = require("matplotlib.lines", "plots").Line2D
+    axes.add_artist(line([8, 8 + _SAMPLE], [shift, shift], color=color, linestyle=dash, transform=place, clip_on=False))
 
 
 def spread(positions: Sequence[float], gap: float) -> list[float]:

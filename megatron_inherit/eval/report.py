@@ -137,6 +137,7 @@ def render(runs: Sequence[Run], *, title: str = "", price: float | None = None, 
     groups = group_runs(runs)
     arms = arms_of_groups(groups)
     students = [group for group, arm in zip(groups, arms, strict=True) if not arm.is_teacher]
+    teachers = [group for group, arm in zip(groups, arms, strict=True) if arm.is_teacher]
     teacher = next(((arm.label, arm.loss) for arm in arms if arm.is_teacher and arm.loss is not None), None)
     maps = _maps(groups)
     comparable = len({arm.fingerprint for arm in arms if arm.fingerprint}) <= 1
@@ -171,7 +172,7 @@ def render(runs: Sequence[Run], *, title: str = "", price: float | None = None, 
         "training_tasks": task_tables(
             [(group.label, result) for group in groups for result in training_scores_of(group)]
         ),
-        "task_charts": [_task_chart(name, curves) for name, curves in task_curves(groups).items()],
+        "task_charts": [_task_chart(name, curves) for name, curves in task_curves([*students, *teachers]).items()],
         "analyses": [_drawn(drawing) for analysis in extras.analyses for drawing in drawings_of(analysis)],
         "machines": _machines(runs),
         "formula": MFU_FORMULAS.get(arms[0].mfu_formula, arms[0].mfu_formula),
@@ -209,9 +210,12 @@ def picture_of(runs: Sequence[Run]) -> bytes:
 
 
 def _colors(arms: Sequence[Arm]) -> dict[str, str]:
-    """Gives each arm the CSS variable of its curve; the teacher is a grey line."""
-    students = [arm.label for arm in arms if not arm.is_teacher and arm.loss is not None]
-    return {label: f"--series-{place % len(plots.SERIES) + 1}" for place, label in enumerate(students)}
+    """Gives each arm the CSS of its curve's colour, dashed where the curve is; the teacher is a grey line."""
+    styles = {}
+    for place, arm in enumerate(arm for arm in arms if not arm.is_teacher):
+        lap, number = divmod(place, len(plots.SERIES))
+        styles[arm.label] = f"{'border: 2px dashed' if lap else 'background:'} var(--series-{number + 1})"
+    return styles
 
 
 def _differs(values: Sequence[Any]) -> bool:
@@ -269,11 +273,12 @@ def _maps(groups: Sequence[Group]) -> list[tuple[str, str, LayerMap]]:
 
 
 def _eval_curves(groups: Sequence[Group]) -> list[plots.Curve]:
+    """Gives a curve a group; one without an evaluation keeps its place and colour."""
     curves = []
     for group in groups:
-        if group.steps:
-            errors = [row.get("stderr") for row in group.runs[0].evals] if len(group.runs) == 1 else group.seed_errors
-            curves.append(plots.Curve(group.label, group.tokens, group.losses, errors))
+        alone = len(group.runs) == 1
+        errors = [row.get("stderr") for row in group.runs[0].evals] if alone else group.seed_errors
+        curves.append(plots.Curve(group.label, group.tokens, group.losses, errors))
     return curves
 
 
@@ -287,7 +292,7 @@ def _train_curves(groups: Sequence[Group], points: int = 120) -> list[plots.Curv
         x = [chunk[-1]["tokens"] for chunk in chunks]
         y = [math.fsum(row["loss"] for row in chunk) / len(chunk) for chunk in chunks]
         curves.append(plots.Curve(group.label, x, y))
-    return [curve for curve in curves if curve.x]
+    return curves
 
 
 def _loss(arm: Arm) -> float:
@@ -296,12 +301,14 @@ def _loss(arm: Arm) -> float:
 
 def _loss_charts(groups: Sequence[Group], teacher: tuple[str, float] | None, *, comparable: bool) -> list[Chart]:
     charts = []
-    if curves := _eval_curves(groups):
+    curves = _eval_curves(groups)
+    if any(curve.x for curve in curves):
         over = "seeds" if any(len(group.runs) > 1 for group in groups) else "windows"
         windows = "the same for every arm" if comparable else "not the same for every arm: heights say nothing"
         note = f"Fixed windows, {windows}. Bands: one standard error over the {over}."
         charts.append(_chart("Validation loss", note, plots.loss_curves, curves, reference=teacher))
-    if curves := _train_curves(groups):
+    curves = _train_curves(groups)
+    if any(curve.x for curve in curves):
         note = "Mean over equal stretches of steps, before each update."
         charts.append(_chart("Training loss", note, plots.loss_curves, curves, ylabel="training loss (nats)"))
     return charts

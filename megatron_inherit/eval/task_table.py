@@ -94,12 +94,12 @@ def task_tables(results: Sequence[tuple[str, Result]]) -> list[TaskTable]:
 
 def evaluations_of(group: Group) -> list[Result]:
     """Gives what ``minherit evaluate`` kept of an arm, its runs taken together."""
-    return _together(result for run in group.runs for result in run.evaluations)
+    return _together(run.evaluations for run in group.runs)
 
 
 def training_scores_of(group: Group) -> list[Result]:
     """Gives an arm's last scores on the way (``eval.tasks``), its runs taken together, in the form of evaluations."""
-    return _together(result for run in group.runs if (result := last_scores(run)) is not None)
+    return _together([result] for run in group.runs if (result := last_scores(run)) is not None)
 
 
 def last_scores(run: Run) -> Result | None:
@@ -115,15 +115,15 @@ def last_scores(run: Run) -> Result | None:
 
 
 def task_curves(groups: Sequence[Group]) -> dict[str, list[TaskCurve]]:
-    """Gives the arms' scores over the training: for each task the first of its metrics, by ``TASK/METRIC``."""
-    curves: dict[str, list[TaskCurve]] = {}
+    """Gives the arms' scores over the training: for each task the first of its metrics, by ``TASK/METRIC``.
+
+    Every task has a curve a group, in their order; one without scores of it has an empty one.
+    """
+    found = (name for group in groups for run in group.runs for row in run.tasks for name in _scores(row))
     first_of: dict[str, str] = {}
-    for group in groups:
-        names = list(dict.fromkeys(name for run in group.runs for row in run.tasks for name in _scores(row)))
-        for name in names:
-            if first_of.setdefault(name.rpartition("/")[0], name) == name:
-                curves.setdefault(name, []).append(_curve(group, name))
-    return curves
+    for name in dict.fromkeys(found):
+        first_of.setdefault(name.rpartition("/")[0], name)
+    return {name: [_curve(group, name) for group in groups] for name in first_of.values()}
 
 
 def _curve(group: Group, name: str) -> TaskCurve:
@@ -132,7 +132,7 @@ def _curve(group: Group, name: str) -> TaskCurve:
         for row in run.tasks:
             if name in row:
                 by_step.setdefault(row["step"], []).append(row)
-    most = max(map(len, by_step.values()))
+    most = max(map(len, by_step.values()), default=0)
     points = [rows for _, rows in sorted(by_step.items()) if len(rows) == most]
     cells = [_mean([(row[name], row.get(name + _STDERR)) for row in rows]) for rows in points]
     tokens = tuple(rows[0]["tokens"] for rows in points)
@@ -143,15 +143,22 @@ def _scores(row: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in row.items() if "/" in name and not name.endswith(_STDERR)}
 
 
-def _together(results: Iterable[Result]) -> list[Result]:
-    """Joins results of an arm's runs, suite by suite: means, with the spread where several runs scored a row."""
+def _together(runs: Iterable[Sequence[Result]]) -> list[Result]:
+    """Joins results of an arm's runs, suite by suite: means, with the spread where several runs scored a row.
+
+    Args:
+        runs: Of each its results, the earliest first; what a run scored twice counts once, as it was scored last.
+    """
     suites: dict[str, dict[tuple[Any, ...], list[Mapping[str, Any]]]] = {}
     names: dict[str, list[str]] = {}
-    for result in results:
-        suite = result.get("suite") or ""
-        names.setdefault(suite, result.get("published_names") or [])
-        for row in result["rows"]:
-            suites.setdefault(suite, {}).setdefault(_key(row), []).append(row)
+    for results in runs:
+        last: dict[tuple[str, tuple[Any, ...]], Mapping[str, Any]] = {}
+        for result in results:
+            suite = result.get("suite") or ""
+            names.setdefault(suite, result.get("published_names") or [])
+            last |= {(suite, _key(row)): row for row in result["rows"]}
+        for (suite, key), row in last.items():
+            suites.setdefault(suite, {}).setdefault(key, []).append(row)
     joined: list[Result] = []
     for suite, rows in suites.items():
         merged = []

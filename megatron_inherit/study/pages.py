@@ -14,7 +14,10 @@ CLAIMS = ("claim", "", "gain, nats", "bound", "holds")
 def picture(found: Findings) -> bytes:
     """Draws the arms' mean curves, the teacher's loss as a line, as PNG."""
     curves = [
-        plots.Curve(group.label, group.tokens, group.losses, group.seed_errors) for group in found.groups.values()
+        plots.Curve(name, group.tokens, group.losses, group.seed_errors)
+        if (group := found.groups.get(name))
+        else plots.Curve(name, (), ())
+        for name in (arm.name for arm in found.study.section.arms)
     ]
     final = found.teacher.final if found.teacher is not None else None
     reference = None if final is None else ("teacher", float(final["loss"]))

@@ -76,7 +76,8 @@ def test_scores_on_the_way_are_a_table_of_the_last_and_a_curve_a_task(tmp_path):
     assert table.rows[0].values["arm"] == (pytest.approx(0.55), pytest.approx(0.05))
     curves = task_curves([group, Group("silent", (load_run(write_run(tmp_path / "silent")),))])
     assert list(curves) == ["piqa/acc", "boolq/acc"], "the first metric of each task"
-    (curve,) = curves["piqa/acc"]
+    curve, silent = curves["piqa/acc"]
+    assert (silent.label, silent.tokens, silent.values) == ("silent", (), ()), "it keeps its place and colour"
     assert (curve.label, curve.tokens) == ("arm", (512 * 30, 512 * 60))
     assert curve.values == (pytest.approx(0.3), pytest.approx(0.55))
     assert curve.errors == (pytest.approx(0.1), pytest.approx(0.05))
@@ -92,3 +93,14 @@ def test_a_single_runs_error_is_over_the_items(tmp_path):
     assert task_curves([group])["piqa/acc"][0].errors == (0.05, 0.05)
     assert training_scores_of(group)[0]["rows"][0]["stderr"] == 0.05
     assert training_scores_of(Group("x", (load_run(write_run(tmp_path / "x")),))) == []
+
+
+def test_what_one_run_scored_twice_counts_once_as_it_was_scored_last(tmp_path):
+    group = arm(tmp_path / "arm", (), (), evaluated=(0.5, 0.6))
+    again = group.runs[0].path / "evaluations"
+    (again / "a.json").write_text(json.dumps(result(0.8) | {"date": "2026-01-02"}))
+    (again / "b.json").write_text(json.dumps(result(0.7) | {"date": "2026-01-01"}))
+    (found,) = evaluations_of(group)
+    (row,) = found["rows"]
+    assert row["value"] == pytest.approx((0.8 + 0.6) / 2)
+    assert row["stderr"] == pytest.approx(0.1)
