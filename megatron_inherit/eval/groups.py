@@ -116,17 +116,25 @@ class Group:
 def gap(group: Group, control: Group) -> Estimate:
     """Compares two arms at their ends, seed by seed and window by window.
 
-    Pairing takes out what both share: the order of the samples of a seed, the difficulty of the windows.
+    Pairing takes out what both share: the order of the samples of a seed, the difficulty of the windows. Seeds that only
+    one of them has, while a study goes on, are left out, unless they share none.
     """
-    ours, theirs = (dict(zip(g.seeds, g.losses_at(g.steps[-1]), strict=True)) for g in (group, control))
-    shared = sorted(ours.keys() & theirs.keys())
+    shared = sorted(set(group.seeds) & set(control.seeds))
+    if shared:
+        group, control = _of_seeds(group, shared), _of_seeds(control, shared)
     mean = group.final.mean - control.final.mean
-    seeds = _stderr([ours[seed] - theirs[seed] for seed in shared])
+    ends = zip(group.losses_at(group.steps[-1]), control.losses_at(control.steps[-1]), strict=bool(shared))
+    seeds = _stderr([ours - theirs for ours, theirs in ends]) if shared else None
     first, second = group.mean_window_losses, control.mean_window_losses
     if first is None or second is None:
         return Estimate(mean, None, seeds)
     error = difference_stderr(first, second, group.runs[0].window_losses["counts"])[1]
     return Estimate(mean, None if math.isnan(error) else error, seeds)
+
+
+def _of_seeds(group: Group, seeds: Sequence[int]) -> Group:
+    runs = dict(zip(group.seeds, group.runs, strict=True))
+    return Group(group.label, tuple(runs[seed] for seed in seeds))
 
 
 @dataclass(frozen=True)

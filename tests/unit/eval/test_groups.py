@@ -50,6 +50,17 @@ def test_a_gap_is_paired_by_seed_and_window(tmp_path):
     assert gap(ours, Group("c", (run(tmp_path / "c", [5, 5], seed=9),))).seeds is None
 
 
+def test_a_gap_leaves_out_seeds_that_only_one_arm_has(tmp_path):
+    def arm(name, *losses):
+        runs = (run(tmp_path / f"{name}{s}", [9, loss], windows=[loss, loss], seed=s) for s, loss in enumerate(losses))
+        return Group(name, tuple(runs))
+
+    found = gap(arm("a", 2.0, 3.0, 7.0), arm("b", 2.5, 3.5))
+    assert found.mean == pytest.approx(-0.5), "the third seed is harder, not the arm worse"
+    assert found.seeds == pytest.approx(0, abs=1e-12)
+    assert found.windows == pytest.approx(0, abs=1e-12)
+
+
 def test_sooner(tmp_path):
     control = Group("c", (run(tmp_path / "c", [6, 5, 4, 3, 2]),))
     found = sooner(Group("a", (run(tmp_path / "a", [4, 3, 1, 1, 1]),)), control)
