@@ -11,10 +11,13 @@ FlopsFormula = Literal["palm", "causal"]
 
 PEAK_FLOPS = {
     "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H200 NVL": 835e12,
     "H100": 989e12,
     "H200": 989e12,
 }
-"""Dense bf16 peak of a device in FLOP/s, from the vendor's data sheets; keys are found inside the device's name."""
+"""Dense bf16 peak of a device in FLOP/s, from the vendor's data sheets; the first key found inside the device's name counts."""
 
 
 def count_parameters(config: ModelConfig, *, embeddings: bool = True) -> int:

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from megatron_inherit.arch.counts import count_parameters
+from megatron_inherit.arch.counts import count_parameters, peak_flops
 from megatron_inherit.arch.presets import preset
 
 VOCAB = 50304
@@ -44,3 +44,20 @@ def test_openllama_3b():
     assert counts == expected
     assert [round(count / 1e9, 2) for count in counts] == [3.43, 1.82]
     assert round(count_parameters(config.with_layers(13), embeddings=False) / 1e9, 2) == 1.61
+
+
+@pytest.mark.parametrize(
+    ("device", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H200 NVL", 835e12),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("NVIDIA A100-PCIE-40GB", 312e12),
+        ("NVIDIA L4", None),
+    ],
+)
+def test_a_device_has_the_peak_of_its_own_form(device, peak):
+    assert peak_flops(device) == peak
