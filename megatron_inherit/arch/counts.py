@@ -17,7 +17,7 @@ PEAK_FLOPS = {
     "H100": 989e12,
     "H200": 989e12,
 }
-"""Dense bf16 peak of a device in FLOP/s, from the vendor's data sheets; the first key found inside the device's name counts."""
+"""Dense bf16 peak of a device in FLOP/s, from the vendor's data sheets; the first key that its name holds counts."""
 
 
 def count_parameters(config: ModelConfig, *, embeddings: bool = True) -> int:

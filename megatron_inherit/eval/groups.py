@@ -116,8 +116,8 @@ class Group:
 def gap(group: Group, control: Group) -> Estimate:
     """Compares two arms at their ends, seed by seed and window by window.
 
-    Pairing takes out what both share: the order of the samples of a seed, the difficulty of the windows. Seeds that only
-    one of them has, while a study goes on, are left out, unless they share none.
+    Pairing takes out what both share: the order of the samples of a seed, the difficulty of the windows. Seeds that
+    only one of them has, while a study goes on, are left out, unless they share none.
     """
     shared = sorted(set(group.seeds) & set(control.seeds))
     if shared:
