@@ -12,6 +12,7 @@ from megatron_inherit.base import atomic
 from megatron_inherit.config.load import load_recipe
 from megatron_inherit.launch import commands
 from megatron_inherit.launch.slurm import SlurmJob, render_sbatch, submit
+from megatron_inherit.train.preflight import check_batches
 
 app = typer.Typer(no_args_is_help=True, help="Print or submit the command for a cluster.", rich_markup_mode=None)
 
@@ -30,7 +31,7 @@ def torchrun(
     rendezvous: Annotated[str | None, typer.Option(help="HOST:PORT of the first node.")] = None,
 ) -> None:
     """Print the torchrun command; with several nodes run it on each."""
-    _check(recipe, overrides)
+    _check(recipe, overrides, nodes * gpus_per_node)
     words = commands.torchrun_words(
         recipe, overrides or (), gpus_per_node=gpus_per_node, nodes=nodes, rendezvous=rendezvous
     )
@@ -45,7 +46,7 @@ def deepspeed(
     hostfile: Annotated[str | None, typer.Option(help="File of 'host slots=N' lines.")] = None,
 ) -> None:
     """Print the command of DeepSpeed's launcher."""
-    _check(recipe, overrides)
+    _check(recipe, overrides, None if hostfile else gpus_per_node)
     typer.echo(
         shlex.join(commands.deepspeed_words(recipe, overrides or (), gpus_per_node=gpus_per_node, hostfile=hostfile))
     )
@@ -77,7 +78,7 @@ def slurm(
     """Print, write or submit an sbatch script."""
     if container not in ("none", "pyxis", "apptainer"):
         raise typer.BadParameter("--container is none, pyxis or apptainer.")
-    _check(recipe, overrides)
+    _check(recipe, overrides, nodes * gpus_per_node)
     job = SlurmJob(
         recipe=recipe,
         output=output,
@@ -108,6 +109,8 @@ def slurm(
     typer.echo(submit(path) if send else str(path))
 
 
-def _check(recipe: str, overrides: list[str] | None) -> None:
-    """Finds a slip in the recipe or its overrides now, and not on the nodes hours later."""
-    load_recipe(recipe, overrides or [])
+def _check(recipe: str, overrides: list[str] | None, processes: int | None = None) -> None:
+    """Finds, before hours in a queue, a slip in the recipe or a batch that the processes cannot share."""
+    config = load_recipe(recipe, overrides or [])
+    if processes is not None:
+        check_batches(config, processes)

@@ -101,8 +101,7 @@ def plan_run(config: RunConfig, *, world_size: int | None = None) -> RunPlan:
     teacher_of(config, model)
     check_options(config.engine, options, model, world_size=world_size)
     batches = batch_plan(config)
-    for size in _batch_sizes(batches):
-        check_batch(options, global_batch=size, sequence_length=config.train.sequence_length, world_size=world_size)
+    _check_sizes(options, config, world_size)
     if config.train.sequence_length > model.max_positions:
         raise ConfigError(
             "train.sequence_length: longer than the model's positions.",
@@ -162,6 +161,24 @@ def engine_options(config: RunConfig, sharing: Sharing | None = None) -> EngineO
         soft_tie=soft_tie_of(config),
         keep_zeros=config.sharing.keep_zeros,
     )
+
+
+def check_batches(config: RunConfig, world_size: int) -> None:
+    """Raises ConfigError unless so many processes can share the recipe's batches; opens no file."""
+    options = engine_options(config)
+    ranks = options.tp * options.pp * options.cp
+    if world_size % ranks:
+        raise ConfigError(
+            f"parallel: {world_size} processes do not split into replicas of tp {options.tp}, pp {options.pp}, "
+            f"cp {options.cp}.",
+            expected=f"a multiple of {ranks} processes",
+        )
+    _check_sizes(options, config, world_size)
+
+
+def _check_sizes(options: EngineOptions, config: RunConfig, world_size: int) -> None:
+    for size in _batch_sizes(batch_plan(config)):
+        check_batch(options, global_batch=size, sequence_length=config.train.sequence_length, world_size=world_size)
 
 
 def passes_wait(plan: RunPlan) -> bool:

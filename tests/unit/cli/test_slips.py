@@ -10,7 +10,7 @@ RECIPE = "tiny-llama-cpu"
 
 @pytest.mark.parametrize("launcher", ["slurm", "torchrun", "deepspeed"])
 def test_a_job_is_not_printed_for_a_recipe_that_cannot_start(capsys, launcher):
-    assert main(["launch", launcher, RECIPE]) == 0
+    assert main(["launch", launcher, RECIPE, "--gpus-per-node", "2"]) == 0
     capsys.readouterr()
     for words in (["tiny-lama-cpu"], [RECIPE, "model.pth=student"]):
         assert main(["launch", launcher, *words]) == 3

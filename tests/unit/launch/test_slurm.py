@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_inherit.base.errors import UsageError
+from megatron_inherit.cli.main import main
 from megatron_inherit.launch.slurm import SlurmJob, render_sbatch, submit
 
 SRUN = """#!/usr/bin/env bash
@@ -163,3 +164,12 @@ def test_what_sbatch_says_is_passed_on(tmp_path, monkeypatch):
 def test_values_that_would_break_the_script_are_refused(bad):
     with pytest.raises(UsageError):
         SlurmJob(**({"recipe": "r", "output": "/o"} | bad))
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "slurm", "deepspeed"])
+def test_processes_that_cannot_share_the_batch_are_refused_before_the_queue(launcher, capsys):
+    words = ["launch", launcher, "tiny-llama-cpu", "--gpus-per-node"]
+    assert main([*words, "1"]) == 0
+    assert main([*words, "7"]) == 3
+    assert "train.global_batch" in capsys.readouterr().err
+    assert main([*words, "3", "parallel.tp=2"]) == 3
