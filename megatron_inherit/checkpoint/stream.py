@@ -19,6 +19,7 @@ import numpy as np
 from megatron_inherit.arch.model_config import ModelConfig
 from megatron_inherit.base.atomic import write_bytes
 from megatron_inherit.base.errors import AbsentError, CheckpointError
+from megatron_inherit.checkpoint.checksums import Checksums
 from megatron_inherit.checkpoint.dtypes import CARRIERS
 from megatron_inherit.checkpoint.extents import ITEM_SIZES, Extent, Piece, Shape, dense_strides
 from megatron_inherit.checkpoint.files import FilePool, file_pool
@@ -156,6 +157,7 @@ class Source:
         details: JSON-able facts for ``inspect`` (parallel sizes, iteration, version).
         identity: Hash of each header, index and configuration read, by file name.
         licence: SPDX identifier or name of the licence, if the checkpoint tells.
+        checksums: Hashes of what the tensors lie in, for formats that keep them.
     """
 
     format: str
@@ -169,6 +171,7 @@ class Source:
     details: Mapping[str, Any] = field(default_factory=dict)
     identity: Mapping[str, str] = field(default_factory=dict)
     licence: str = ""
+    checksums: Checksums = field(default_factory=Checksums, repr=False, compare=False)
     pool: FilePool = field(default_factory=FilePool, repr=False, compare=False)
 
     def find(self, key: str) -> StoredTensor:
@@ -193,6 +196,14 @@ class Source:
         start, shape = bounds(stored.shape, box)
         values = read_box(self.pool, stored, start, shape)
         return RawTensor(stored.dtype, shape, np.ascontiguousarray(values).reshape(-1).view(np.uint8))
+
+    def check(self, key: str) -> None:
+        """Compares the bytes that a tensor lies in with their hashes, where the format keeps any.
+
+        Raises:
+            CheckpointError: They were changed, or the tensor is not there.
+        """
+        self.checksums.check(self.find(key))
 
     def close(self) -> None:
         """Closes the files."""

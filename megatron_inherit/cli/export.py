@@ -26,13 +26,12 @@ def export(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and exact bytes, write nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Verify, convert, upload if asked."""
+    """Convert, upload if asked."""
     from megatron_inherit.base.atomic import refuse_existing
     from megatron_inherit.base.optional import require
     from megatron_inherit.base.quantities import parse_bytes
     from megatron_inherit.checkpoint.detect import open_source
     from megatron_inherit.checkpoint.dtypes import parse_dtype
-    from megatron_inherit.checkpoint.formats import native
     from megatron_inherit.cli.transfer import run_transfer
     from megatron_inherit.eval.card import complete_card, run_of
     from megatron_inherit.plan.convert import plan_conversion
@@ -43,8 +42,6 @@ def export(
         refuse_existing(folder, overwrite=overwrite, source=checkpoint)
     layout = Layout(max_shard_bytes=parse_bytes(max_shard_size))
     with open_source(checkpoint) as source:
-        if source.format == "native" and not dry_run:
-            native.verify(Path(source.path))
         plan = plan_conversion(source, layout=layout, dtype=parse_dtype(dtype) if dtype else None)
         run_transfer(plan, source, folder, dry_run=dry_run, as_json=as_json, overwrite=overwrite)
     run = run_of(Path(checkpoint))

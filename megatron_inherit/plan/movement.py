@@ -62,8 +62,10 @@ class Mover:
         """Writes one tensor and gives the hash of what was written.
 
         Raises:
-            CheckpointError: A value is too large for the type it is cast to.
+            CheckpointError: What it reads was changed since it was saved, or a value is too large for its new type.
         """
+        for name in op.inputs:
+            self._source().check(name)
         self._buffers.lost = []
         entry = self._run(op)
         _refuse_lost(op, self._buffers.lost)

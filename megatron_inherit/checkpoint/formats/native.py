@@ -31,6 +31,7 @@ from megatron_inherit.arch.tensors import enumerate_tensors
 from megatron_inherit.base.atomic import fsync_path, write_json
 from megatron_inherit.base.errors import CheckpointError
 from megatron_inherit.base.faults import fault
+from megatron_inherit.checkpoint.checksums import Checksums, Part
 from megatron_inherit.checkpoint.extents import Extent, Piece, check_cover, flat_pieces
 from megatron_inherit.checkpoint.files import FilePool
 from megatron_inherit.checkpoint.formats.safetensors_file import build_header, read_header
@@ -175,34 +176,46 @@ def verify(folder: Path, *, share: int = 0, shares: int = 1) -> None:
     """
     files = read_manifest(folder)["files"]
     for name in sorted(files)[share::shares]:
-        path, expected = folder / name, files[name]
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing.", fix="Take an older checkpoint.")
-        size = path.stat().st_size
-        if size != expected["size"]:
-            raise CheckpointError(f"{path} is truncated or was replaced.", got=size, expected=expected["size"])
-        got = _hash_of(path)["xxh3"]
-        if got != expected["xxh3"]:
-            where = _damaged_tensor(path)
-            raise CheckpointError(f"{path} was changed{where}: its xxh3 differs.", got=got, expected=expected["xxh3"])
+        _verify_file(folder / name, files[name])
+
+
+def _verify_file(path: Path, expected: Mapping[str, Any]) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing.", fix="Take an older checkpoint.")
+    size = path.stat().st_size
+    if size != expected["size"]:
+        raise CheckpointError(f"{path} is truncated or was replaced.", got=size, expected=expected["size"])
+    got = _hash_of(path)["xxh3"]
+    if got != expected["xxh3"]:
+        where = _damaged_tensor(path)
+        raise CheckpointError(f"{path} was changed{where}: its xxh3 differs.", got=got, expected=expected["xxh3"])
 
 
 def open_source(path: str | Path) -> Source:
     """Opens a training checkpoint, or the newest one of a run, as a source of weights and optimizer state.
 
+    All but the tensors is compared with its hashes now, each tensor when it is moved.
+
     Raises:
         CheckpointError: It is unfinished, damaged or incomplete.
     """
     folder = _find(Path(path)) or Path(path)
-    manifest, state = read_manifest(folder), read_json(folder / STATE)
+    manifest = read_manifest(folder)
+    for name, expected in manifest["files"].items():
+        if not name.endswith(".safetensors"):
+            _verify_file(folder / name, expected)
+    state = read_json(folder / STATE)
     pool = FilePool()
-    stored, identity = _read_ranks(pool, folder, manifest["world_size"])
+    stored, identity, parts = _read_ranks(pool, folder, manifest["world_size"])
+    checksums = Checksums(parts)
     config = ModelConfig.from_json(state["model"])
     details = {key: value for key, value in manifest.items() if key not in ("files", "format")}
     details["optimizer_step"] = state.get("updates", state.get("step", 0))
     own: dict[str, StoredTensor] = {}
     if any(key.startswith(PREFIX) for key in stored):
         ids = read_ids(state.get("hf_config") or {}, config, str(folder / STATE))
+        for tensor in (stored[key] for key in stored if key.startswith(LAYER_PREFIX)):
+            checksums.check(tensor)
         stored, own = _of_layers(pool, stored, config, ids, str(folder))
         details[KEY] = {name: list(values) for name, values in ids.items()}
     return Source(
@@ -217,13 +230,17 @@ def open_source(path: str | Path) -> Source:
         details=details,
         identity=identity,
         licence=state.get("licence", ""),
+        checksums=checksums,
         pool=pool,
     )
 
 
-def _read_ranks(pool: FilePool, folder: Path, world_size: int) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Puts the parts of all ranks together: tensors by ``NAME`` or ``KIND:NAME``, and what identifies the files."""
+def _read_ranks(
+    pool: FilePool, folder: Path, world_size: int
+) -> tuple[dict[str, StoredTensor], dict[str, str], list[Part]]:
+    """Puts the parts of all ranks together: tensors by ``NAME`` or ``KIND:NAME``, what identifies the files, hashes."""
     pieces: dict[str, list[Piece]] = {}
+    parts: list[Part] = []
     kinds: dict[str, tuple[tuple[int, ...], str]] = {}
     identity = {MANIFEST: _hash_of(folder / MANIFEST)["xxh3"]}
     for rank in range(world_size):
@@ -233,9 +250,13 @@ def _read_ranks(pool: FilePool, folder: Path, world_size: int) -> tuple[dict[str
             if part["kind"] == "extra":
                 continue
             key = part["name"] if part["kind"] == "weight" else f"{part['kind']}:{part['name']}"
-            pieces.setdefault(key, []).extend(_pieces(part, extents[part["key"]]))
-            kinds[key] = tuple(part["global_shape"]), extents[part["key"]].dtype
-    return {key: _stored(key, shape, dtype, pieces[key]) for key, (shape, dtype) in kinds.items()}, identity
+            extent = extents[part["key"]]
+            pieces.setdefault(key, []).extend(_pieces(part, extent))
+            kinds[key] = tuple(part["global_shape"]), extent.dtype
+            what = f"tensor {part['name']} ({part['kind']})"
+            parts.append(Part(extent.file, extent.offset, extent.nbytes, part["xxh3"], what))
+    stored = {key: _stored(key, shape, dtype, pieces[key]) for key, (shape, dtype) in kinds.items()}
+    return stored, identity, parts
 
 
 def _of_layers(

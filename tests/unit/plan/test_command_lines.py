@@ -140,14 +140,41 @@ def test_a_dry_run_names_blocks_that_are_left_out_once(teacher, tmp_path, capsys
     ]
 
 
-def test_export_refuses_a_damaged_checkpoint(run_folder, tmp_path, capsys):
-    file = run_folder / "checkpoints" / "step_00000010" / "rank_00001.safetensors"
-    data = bytearray(file.read_bytes())
-    data[-3] ^= 1
-    file.write_bytes(data)
-    assert main(["export", str(file.parent), str(tmp_path / "hf")]) == 5
-    assert "rank_00001.safetensors was changed" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+@pytest.fixture
+def damaged_run(run_folder, tmp_path):
+    """The run's older step with one bit flipped, in its second rank's part of the first tensor."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(run_folder / "checkpoints" / "step_00000010", folder)
+    with open_source(folder) as source:
+        extent = source.tensors["embed.weight"].pieces[1].extent
+    data = bytearray(Path(extent.file).read_bytes())
+    data[extent.offset + 70] ^= 1
+    Path(extent.file).write_bytes(data)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "words", [["export"], ["convert"], ["convert", "--format", "meta", "--tp", "2"], ["inherit", "--layers", "0"]]
+)
+def test_a_damaged_checkpoint_is_refused(damaged_run, tmp_path, capsys, words):
+    assert main([words[0], str(damaged_run), str(tmp_path / "out"), *words[1:]]) == 5
+    told = capsys.readouterr().err
+    assert "rank_00001.safetensors was changed in tensor embed.weight (weight): its xxh3 differs" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
+
+
+def test_what_is_not_taken_along_may_be_damaged(damaged_run, tmp_path):
+    assert main(["inherit", str(damaged_run), str(tmp_path / "s"), "--layers", "0", "--reset", "embed"]) == 0
+
+
+@pytest.mark.parametrize("name", ["state.json", "rank_00001.json", "side/tokenizer.json"])
+def test_a_damaged_description_of_a_checkpoint_is_refused(run_folder, tmp_path, capsys, name):
+    folder = tmp_path / "damaged"
+    shutil.copytree(run_folder / "checkpoints" / "step_00000010", folder)
+    text = (folder / name).read_text()
+    (folder / name).write_text(text.replace("0", "1", 1).replace("{}", "[]"))
+    assert main(["convert", str(folder), str(tmp_path / "out")]) == 5
+    assert f"{name} was changed" in capsys.readouterr().err
 
 
 def test_zero_copy_shares_the_files(teacher, tmp_path, capsys, monkeypatch):
