@@ -188,4 +188,6 @@ def disk_error(error: OSError, path: Path) -> Exception:
         return DiskError(f"{named} cannot be {verb}: {error.strerror}.", fix="Check the folder's permissions.")
     if of_output and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
         return DiskError(f"{named} cannot be made: {error.strerror}.", fix="Choose another output path.")
+    if of_output and error.errno in (errno.EISDIR, errno.EEXIST, errno.ENOTEMPTY):
+        return UsageError(f"{named} is in the way: {error.strerror}.", fix="Choose another output path.")
     return error

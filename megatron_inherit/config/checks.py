@@ -18,6 +18,7 @@ def check_model_source(config: RunConfig) -> None:
         raise ConfigError(
             "model: exactly one of model.path and model.preset must be given.",
             got="both" if model.path else "neither",
+            fix="On the command line the other one can be set to null.",
         )
     if model.preset is not None and model.init == "weights":
         raise ConfigError(

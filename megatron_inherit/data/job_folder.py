@@ -72,7 +72,7 @@ def _agree(path: Path, plan: ManifestModel) -> None:
     if before != plan:
         raise DataError(
             f"{path.parent} was begun with other sources or options: {_difference(before, plan)}.",
-            fix="Give the same ones to go on, or another output folder.",
+            fix=f"Give the same ones to go on, or another output folder, or remove {path.parent}.",
         )
 
 

@@ -127,6 +127,13 @@ def test_an_impossible_output_is_a_disk_error(tmp_path):
         (tmp_path / "what was read").read_text()
 
 
+def test_a_folder_where_a_file_is_to_be_stays_and_is_a_slip(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UsageError, match=r"folder is in the way: Is a directory"):
+        atomic.write_text(tmp_path / "folder", "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
 def test_no_space_is_said_before_writing(tmp_path):
     with pytest.raises(DiskError, match="at least"):
         atomic.require_space(tmp_path / "not" / "there", 2**62)
