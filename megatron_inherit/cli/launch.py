@@ -69,7 +69,10 @@ def slurm(
     warning_seconds: Annotated[int, typer.Option(help="Seconds before the limit at which the run saves.")] = 300,
     container: Annotated[str, typer.Option(help="none, pyxis or apptainer.")] = "none",
     image: Annotated[str, typer.Option(help="Container image.")] = "",
-    mount: Annotated[list[str] | None, typer.Option(help="host:container; may be repeated.")] = None,
+    mount: Annotated[
+        list[str] | None,
+        typer.Option(help="host:container; may be repeated. This folder and --output are seen as they are."),
+    ] = None,
     setup: Annotated[str, typer.Option(help="Shell line before the step, such as 'module load cuda'.")] = "",
     python: Annotated[str, typer.Option(help="Interpreter that has the package.")] = "python",
     script: Annotated[Path | None, typer.Option(help="Write the script here instead of printing it.")] = None,

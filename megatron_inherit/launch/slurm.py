@@ -34,7 +34,7 @@ class SlurmJob:
         warning_seconds: How long before the limit the run is asked to save.
         container: How the command is wrapped.
         image: Container image (pyxis: registry or .sqsh; apptainer: .sif).
-        mounts: ``host:container`` pairs.
+        mounts: ``host:container`` pairs beside the folder of submission and the run's.
         setup: Shell line run before the step, for instance ``module load cuda``.
         python: Interpreter that has the package.
     """

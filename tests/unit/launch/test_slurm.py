@@ -42,15 +42,16 @@ end(int(code))
 
 class Site:
     def __init__(self, root: Path):
-        self.calls, self.bin, self.output = root / "calls", root / "bin", root / "out"
+        self.root, self.calls, self.bin, self.output = root, root / "calls", root / "bin", root / "out"
         for folder in (self.calls, self.bin, self.output):
             folder.mkdir()
         for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("fakepython", RUN.format(python=sys.executable))):
             (self.bin / name).write_text(text)
             (self.bin / name).chmod(0o755)
 
-    def start(self, code: str, restarts: int = 0, **options) -> subprocess.Popen:
-        job = SlurmJob(recipe="tiny", output=str(self.output), python=str(self.bin / "fakepython"), **options)
+    def start(self, code: str, restarts: int = 0, output: str = "", **options) -> subprocess.Popen:
+        output = output or str(self.output)
+        job = SlurmJob(recipe="tiny", output=output, python=str(self.bin / "fakepython"), **options)
         script = self.output / "job.sbatch"
         script.write_text(render_sbatch(job))
         env = {
@@ -61,7 +62,7 @@ class Site:
             "SLURM_JOB_NODELIST": "node-[a-b]",
             "SLURM_RESTART_COUNT": str(restarts),
         }
-        return subprocess.Popen(["bash", str(script)], env=env, stdout=subprocess.PIPE, text=True)
+        return subprocess.Popen(["bash", str(script)], env=env, stdout=subprocess.PIPE, text=True, cwd=self.root)
 
     def requeues(self) -> list[str]:
         file = self.calls / "scontrol"
@@ -132,19 +133,31 @@ def test_every_form_is_clean_under_shellcheck(tmp_path, container):
     assert done.returncode == 0, done.stdout
 
 
-def test_pyxis_gets_image_and_mounts_as_options_of_srun(site):
-    assert site.start("0", container="pyxis", image="base.sqsh", mounts=("/d:/d", "/e:/e")).wait(20) == 0
+@pytest.mark.parametrize("more", [(), ("/d:/d", "/e:/e")])
+def test_pyxis_sees_the_folder_of_submission_and_the_run_s(site, more):
+    assert site.start("75", container="pyxis", image="nvcr.io/x:1", output="out", mounts=more).wait(20) == 0
     options = (site.calls / "srun").read_text().splitlines()
-    assert {"--container-image=base.sqsh", "--container-mounts=/d:/d,/e:/e"} <= set(options)
-    assert (site.calls / "argv").exists()
+    mounts = ",".join((f"{site.root}:{site.root}", f"{site.output}:{site.output}", *more))
+    assert {"--container-image=nvcr.io/x:1", f"--container-mounts={mounts}", f"--container-workdir={site.root}"} <= set(
+        options
+    )
+    assert (site.calls / "argv").read_text().endswith(f"run.output={site.output}\n")
+    assert site.requeues() == ["requeue 41"]
+
+
+def test_an_image_that_is_a_file_is_not_taken_for_one_of_a_registry(site):
+    (site.root / "base.sqsh").touch()
+    assert site.start("0", container="pyxis", image="base.sqsh").wait(20) == 0
+    assert f"--container-image={site.root}/base.sqsh" in (site.calls / "srun").read_text().splitlines()
 
 
 def test_apptainer_wraps_the_command(site):
     fake = site.bin / "apptainer"
-    fake.write_text('#!/usr/bin/env bash\necho "${@:1:5}" >>"$CALLS/apptainer"\nshift 5\nexec "$@"\n')
+    fake.write_text('#!/usr/bin/env bash\necho "${@:1:7}" >>"$CALLS/apptainer"\nshift 7\nexec "$@"\n')
     fake.chmod(0o755)
     assert site.start("75", container="apptainer", image="i.sif", mounts=("/d:/d",)).wait(20) == 0
-    assert (site.calls / "apptainer").read_text() == "exec --nv --bind /d:/d i.sif\n"
+    mounts = f"{site.root}:{site.root},{site.output}:{site.output},/d:/d"
+    assert (site.calls / "apptainer").read_text() == f"exec --nv --bind {mounts} --pwd {site.root} i.sif\n"
     assert site.requeues() == ["requeue 41"]
 
 
