@@ -103,13 +103,12 @@ def inherit(
     if repair:
         fresh = bool(roles) or as_published
         check(foreseen, repair, text=repair_text, fresh=fresh, optimizer=keep, zero_copy=zero_copy)
-    if repair or hash_teacher or layers.startswith("auto:"):  # what takes minutes: the output is looked at before
-        rehearsed = _plan(source, config, foreseen, roles, as_published, dtype, seed, layout, keep)
-        predict(rehearsed, source, zero_copy=zero_copy)
+    wanted = (roles, as_published, dtype, seed, layout, keep)
+    if repair or hash_teacher or layers.startswith("auto:"):  # these take minutes: the output is looked at before
+        predict(_plan(source, config, foreseen, *wanted), source, zero_copy=zero_copy)
     chosen = choose_layers(layers, teacher, config)
     fixed = fit(teacher, chosen, repair, text=repair_text) if repair else None
-    chosen = fixed.layers if fixed else chosen
-    plan = _plan(source, config, chosen, roles, as_published, dtype, seed, layout, keep)
+    plan = _plan(source, config, fixed.layers if fixed else chosen, *wanted)
     record: dict[str, object] = {"as_published": as_published}
     if hash_teacher and source is not None and not dry_run:
         record["teacher_files"] = hash_files(source)

@@ -15,7 +15,7 @@ from megatron_inherit.base.atomic import write_bytes, write_json
 from megatron_inherit.base.errors import CheckpointError, UsageError
 from megatron_inherit.checkpoint.extents import Piece, whole
 from megatron_inherit.checkpoint.formats.hf import ROWS
-from megatron_inherit.checkpoint.formats.hf_config import write_config
+from megatron_inherit.checkpoint.formats.hf_config import config_file
 from megatron_inherit.checkpoint.formats.megatron_names import DIALECTS, megatron_rows
 from megatron_inherit.checkpoint.formats.pickle_machine import Global, Opaque
 from megatron_inherit.checkpoint.formats.pt_writer import Archive, Blank, create_archives, lay_out, patch_checksums
@@ -38,7 +38,7 @@ def make_sink(config: ModelConfig, dtypes: Mapping[str, str], options: SinkOptio
             the number of steps taken; ``optimizer`` fills fp32 weights and moments from ``KIND:NAME`` tensors.
 
     Raises:
-        CheckpointError: A tensor is not F32.
+        CheckpointError: A tensor is not F32, or ``config.json`` has no place for something of the model.
     """
     wrong = next((name for name, dtype in dtypes.items() if dtype != "F32"), None)
     if wrong:
@@ -49,6 +49,7 @@ def make_sink(config: ModelConfig, dtypes: Mapping[str, str], options: SinkOptio
             fix="Universal checkpoints hold fp32 weights: pass --dtype fp32.",
         )
     rows = _rows(config, options.dialect or "hf")
+    raw = config_file(config, options.hf_config, "F32")
     folder = f"global_step{options.iteration}"
     archives: dict[str, Archive] = {}
     tensors: dict[str, StoredTensor] = {}
@@ -76,7 +77,7 @@ def make_sink(config: ModelConfig, dtypes: Mapping[str, str], options: SinkOptio
         for file, archive in archives.items():
             patch_checksums(root / file, archive.records)
         write_side_files(root, options.side_files)
-        write_json(root / "config.json", options.hf_config or write_config(config, "F32"))
+        write_json(root / "config.json", raw)
         write_bytes(root / "latest_universal", folder.encode())
 
     wanted = {name: tensors[name] for name in dtypes if name in tensors}

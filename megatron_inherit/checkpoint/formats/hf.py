@@ -25,7 +25,7 @@ from megatron_inherit.checkpoint.dtypes import WEIGHT_DTYPES, cast
 from megatron_inherit.checkpoint.extents import Extent, whole
 from megatron_inherit.checkpoint.files import FilePool, create_file, is_remote, join
 from megatron_inherit.checkpoint.formats.bind import check_tied
-from megatron_inherit.checkpoint.formats.hf_config import read_config, write_config
+from megatron_inherit.checkpoint.formats.hf_config import config_file, read_config
 from megatron_inherit.checkpoint.formats.safetensors_file import build_header, read_header
 from megatron_inherit.checkpoint.layout import LayoutRow, PhysicalTensor, check_names, check_shape, physical_tensors
 from megatron_inherit.checkpoint.stream import (
@@ -220,6 +220,9 @@ def make_sink(config: ModelConfig, dtypes: Mapping[str, str], options: SinkOptio
         config: The model.
         dtypes: Type of each canonical tensor.
         options: ``hf_config`` is written as it is (default: made from ``config``), ``side_files`` are copied.
+
+    Raises:
+        CheckpointError: ``config.json`` has no place for something of the model.
     """
     wanted = list(physical_tensors(ROWS[config.family], config))
     shards = _cut_into_files(wanted, dtypes, options.max_shard_bytes)
@@ -234,7 +237,7 @@ def make_sink(config: ModelConfig, dtypes: Mapping[str, str], options: SinkOptio
         for name, pieces in tensor.map(whole(extent)).items():
             shape = next(part.shape for part in tensor.parts if part.name == name)
             tensors[name] = StoredTensor(shape, extent.dtype, pieces)
-    raw = options.hf_config or write_config(config, next(iter(dtypes.values())))
+    raw = config_file(config, options.hf_config, next(iter(dtypes.values())))
     index = _index(extents) if len(files) > 1 else None
 
     def prepare(folder: Path) -> None:

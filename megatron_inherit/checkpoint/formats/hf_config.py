@@ -6,6 +6,7 @@ Field meanings and defaults are those of transformers 4 and 5 (``configuration_l
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,13 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
     "gpt2": "GPT2LMHeadModel",
 }
+_QWEN = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "max_window_layers": 28}
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    "qwen2": _QWEN,
+    "qwen3": _QWEN | {"head_dim": 128},
+}
+"""What a field means that a family's file leaves out; a null is no default."""
 _DEPTH = {"gpt2": "n_layer"}
 _NOT_PER_LAYER = ("architectures", "eos_token_id", "bos_token_id", "pad_token_id", "rope_scaling", "pruned_heads")
 _GPT2_ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
@@ -72,6 +80,30 @@ def write_config(config: ModelConfig, dtype: str) -> dict[str, Any]:
     return common | fields | {"tie_word_embeddings": config.tied, "torch_dtype": TORCH_NAMES[dtype], "use_cache": True}
 
 
+def config_file(config: ModelConfig, raw: Mapping[str, Any] | None, dtype: str) -> dict[str, Any]:
+    """Gives the ``config.json`` that stands beside the weights of a model.
+
+    Args:
+        config: The model.
+        raw: Its fields where they are known; default: made from ``config``.
+        dtype: Type of the weights, safetensors name.
+
+    Raises:
+        CheckpointError: Read by transformers, the file would be of another model.
+    """
+    fields = dict(raw) if raw else write_config(config, dtype)
+    read = dataclasses.asdict(read_config(fields, where="config.json"))
+    for name, value in dataclasses.asdict(config).items():
+        if read[name] != value:
+            raise CheckpointError(
+                f"config.json of a {ARCHITECTURES[config.family]} has no place for {name} of this model.",
+                got=value,
+                expected=read[name],
+                fix="Its weights can be kept as --format megatron or torch_dist.",
+            )
+    return fields
+
+
 def student_config(raw: Mapping[str, Any], config: ModelConfig, layers: Sequence[int], dtype: str) -> dict[str, Any]:
     """Rewrites a teacher's ``config.json`` for a student; fields that depth does not touch stay as they are.
 
@@ -83,12 +115,13 @@ def student_config(raw: Mapping[str, Any], config: ModelConfig, layers: Sequence
     """
     fields = copy.deepcopy(dict(raw))
     key = _DEPTH.get(config.family, "num_hidden_layers")
-    depth = fields.get(key)
+    depth = fields[key]
     for name, value in fields.items():
         if isinstance(value, list) and len(value) == depth and name not in _NOT_PER_LAYER:
             fields[name] = [value[layer] for layer in layers]
-    if fields.get("max_window_layers") == depth:
-        fields["max_window_layers"] = config.num_layers
+    windowless = (_DEFAULTS.get(config.family, {}) | fields).get("max_window_layers")
+    if windowless is not None and (windowless == depth or (fields.get("use_sliding_window") and windowless > depth)):
+        fields["max_window_layers"] = config.num_layers  # no block had a window
     fields[key] = config.num_layers
     fields.pop("_name_or_path", None)
     if fields.get("scale_attn_by_inverse_layer_idx"):
@@ -100,16 +133,17 @@ def student_config(raw: Mapping[str, Any], config: ModelConfig, layers: Sequence
 
 def _read_llama(raw: Mapping[str, Any], where: str) -> ModelConfig:
     family, heads = raw["model_type"], raw["num_attention_heads"]
+    raw = _DEFAULTS.get(family, {}) | dict(raw)
     if raw.get("hidden_act", "silu") != "silu":
         raise CheckpointError(f"{where}: the activation is not SiLU.", got=raw["hidden_act"])
-    dim = raw.get("head_dim") or (128 if family == "qwen3" else raw["hidden_size"] // heads)
+    dim = raw.get("head_dim") or raw["hidden_size"] // heads
     bias = bool(raw.get("attention_bias", False))
     return ModelConfig(
         family=family,
         num_layers=raw["num_hidden_layers"],
         hidden_size=raw["hidden_size"],
         num_heads=heads,
-        num_kv_heads=raw.get("num_key_value_heads") or (8 if family == "mistral" else heads),
+        num_kv_heads=raw.get("num_key_value_heads") or heads,
         head_dim=dim,
         ffn_size=raw["intermediate_size"],
         vocab_size=raw["vocab_size"],
@@ -163,12 +197,12 @@ def _read_rope(raw: Mapping[str, Any]) -> Rope:
 
 
 def _read_window(raw: Mapping[str, Any], where: str) -> int | None:
-    window = raw.get("sliding_window")
-    if window is None or (raw["model_type"] in ("qwen2", "qwen3") and not raw.get("use_sliding_window", False)):
-        return None
+    window, family = raw.get("sliding_window"), raw["model_type"]
+    if window is None or family == "llama" or (family != "mistral" and not raw.get("use_sliding_window", False)):
+        return None  # transformers' LLaMA has no window, whatever the file says
     kinds = set(raw.get("layer_types") or ())
-    if raw["model_type"] != "mistral":
-        full = raw.get("max_window_layers", 0)
+    if family != "mistral":
+        full = raw["max_window_layers"]
         kinds = kinds or ({"full_attention"} if full else set()) | ({"s"} if full < raw["num_hidden_layers"] else set())
     if len(kinds) > 1:
         raise CheckpointError(f"{where}: blocks with and without a sliding window in one model are not supported.")
