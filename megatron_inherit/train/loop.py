@@ -72,6 +72,7 @@ def train(run: Session) -> RunState:
             clock.logged()
             if verdict == "rollback":
                 state = upkeep.roll_back(run, state)
+                untie_if_due(run, state)
                 continue
             profiler.step()
             run.pace.add(own=clock.own, forward=result.forward_seconds, whole=clock.whole + clock.after)

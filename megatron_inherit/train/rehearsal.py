@@ -44,7 +44,8 @@ def rehearse(plan: RunPlan, *, resume: Resume = "auto") -> None:
 
 def _require_packages(plan: RunPlan) -> None:
     """Looks for packages without importing them, which some machines without a GPU cannot."""
-    wanted = {"megatron.core": "the model", **{name: f"logging.loggers={name}" for name in plan.config.logging.loggers}}
+    wanted = {"megatron.core": "the model"}
+    wanted |= {str(name): f"logging.loggers={name}" for name in plan.config.logging.loggers}
     if plan.config.engine == "deepspeed":
         wanted["deepspeed"] = "engine=deepspeed"
     for module, why in wanted.items():

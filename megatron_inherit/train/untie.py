@@ -6,7 +6,6 @@ and moments of the stage it came from, so that the function, and the next step's
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from megatron_inherit.sharing.stage_plan import StagePlan, parse_plan
 from megatron_inherit.train import resume, upkeep
 from megatron_inherit.train.checkpointing import step_folder
 from megatron_inherit.train.session import Session
+from megatron_inherit.train.stages import change_stages
 from megatron_inherit.train.state import RunState
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def untie_if_due(run: Session, state: RunState) -> None:
     if found is None:
         return
     losses = [] if found[0].patience is None else losses_since_split(run)
-    if is_due(found[0], state.step, losses):
+    if is_split_due(found[0], state.step, losses):
         split(run, state, found[1])
 
 
@@ -64,7 +64,7 @@ def next_split(run: Session) -> tuple[UntieStep, StagePlan] | None:
     return None
 
 
-def is_due(rule: UntieStep, step: int, losses: Sequence[float]) -> bool:
+def is_split_due(rule: UntieStep, step: int, losses: Sequence[float]) -> bool:
     """Tells whether a split's step has come, or its number of evaluations without a better loss."""
     if rule.step is not None:
         return step >= rule.step
@@ -74,20 +74,10 @@ def is_due(rule: UntieStep, step: int, losses: Sequence[float]) -> bool:
 
 def split(run: Session, state: RunState, plan: StagePlan) -> None:
     """Saves, rebuilds the engine under a finer plan and restores."""
-    from megatron_inherit.model.load import random_reader
-    from megatron_inherit.train.objectives import distill_of
-
     upkeep.save_if_due(run, state, stopping=True)
-    sharing = run.plan.options.sharing
-    if sharing is None:
-        return
-    finer = dataclasses.replace(sharing, plan=plan)
-    options, parameters = dataclasses.replace(run.plan.options, sharing=finer), finer.parameters(run.plan.model)
-    run.plan = dataclasses.replace(run.plan, options=options, parameters=parameters)
-    run.identity = dataclasses.replace(run.identity, stages=plan.to_json())
-    distill = distill_of(run.plan.config, run.plan.model, run.loader, run.plan.total_samples)
-    run.engine.rebuild(options, random_reader(run.plan.model, 0), distill)
+    change_stages(run, plan)
     resume.restore(step_folder(run.checkpoints, state.step), run.engine, run.identity)
+    parameters = run.plan.parameters
     run.metrics.write({"kind": "untie", "step": state.step, "plan": str(plan), "parameters": parameters})
     if run.is_first:
         logger.info("Step %d: stages split into %s, %d parameters.", state.step, plan, parameters)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from megatron_inherit.base.atomic import write_json
@@ -17,6 +18,7 @@ from megatron_inherit.train import metrics, resume
 from megatron_inherit.train.checkpointing import SaveReport, list_steps, retire, step_folder
 from megatron_inherit.train.pace import unequal_ranks
 from megatron_inherit.train.session import Session, forget_skipped, write_skipped
+from megatron_inherit.train.stages import follow_checkpoint
 from megatron_inherit.train.start import refuse_other_length
 from megatron_inherit.train.state import RunState
 from megatron_inherit.train.validation import window_losses
@@ -28,7 +30,7 @@ def begin(run: Session) -> RunState:
     """Restores the newest whole checkpoint, or evaluates the untrained model."""
     run.watchdog.progress(0, "restore")
     found = resume.find_checkpoint(run.checkpoints, run.engine) if run.resume == "auto" else None
-    state = RunState() if found is None else resume.restore(found, run.engine, run.identity)
+    state = RunState() if found is None else _restore(run, found)
     refuse_other_length(run.plan, state, run.skipped)
     run.saved = state.step
     if run.is_first:
@@ -42,6 +44,11 @@ def begin(run: Session) -> RunState:
     else:
         run.saver.prune(state.step, verified=True)
     return state
+
+
+def _restore(run: Session, folder: Path) -> RunState:
+    follow_checkpoint(run, folder)
+    return resume.restore(folder, run.engine, run.identity)
 
 
 def compare_ranks(run: Session, state: RunState) -> None:
@@ -59,7 +66,7 @@ def compare_ranks(run: Session, state: RunState) -> None:
                 f"Ranks {', '.join(map(str, unequal))} hold other weights than their replicas after step {state.step}.",
                 fix="Check those devices, then run again: it goes on from the last checkpoint.",
             )
-    keep(run, state.step, run.saver.poll)
+    advance_save(run, state.step, run.saver.poll)
 
 
 def evaluate_now(run: Session, state: RunState) -> None:
@@ -115,7 +122,7 @@ def save_if_due(run: Session, state: RunState, stopping: bool) -> None:
         return
     run.saved = state.step
     run.watchdog.progress(state.step, "save")
-    keep(run, state.step, run.saver.finish)
+    advance_save(run, state.step, run.saver.finish)
     source = run.plan.source
     stored = resume.stored_state(
         state,
@@ -131,12 +138,14 @@ def save_if_due(run: Session, state: RunState, stopping: bool) -> None:
         "engine": run.plan.config.engine,
         "adam": [run.plan.config.optimizer.beta1, run.plan.config.optimizer.beta2, run.plan.config.optimizer.eps],
     }
-    keep(run, state.step, lambda: run.saver.save(state.step, stored, facts, leaving=stopping), must=stopping or last)
+    advance_save(
+        run, state.step, lambda: run.saver.save(state.step, stored, facts, leaving=stopping), must=stopping or last
+    )
     if stopping or last:
-        keep(run, state.step, run.saver.finish, must=True)
+        advance_save(run, state.step, run.saver.finish, must=True)
 
 
-def keep(run: Session, step: int, action: Callable[[], SaveReport | None], *, must: bool = False) -> None:
+def advance_save(run: Session, step: int, action: Callable[[], SaveReport | None], *, must: bool = False) -> None:
     """Does a part of saving, tells what it took, and treats a full disk as the recipe says."""
     try:
         report = action()
@@ -163,7 +172,7 @@ def finish(run: Session, state: RunState) -> None:
     run.watchdog.progress(state.step, "finish")
     if run.engine.topology.rank == 0:
         report_drawn(run.loader, state.samples, skipped=run.skipped)
-    keep(run, state.step, run.saver.finish, must=True)
+    advance_save(run, state.step, run.saver.finish, must=True)
     run.saver.close()
     run.engine.barrier()
 
@@ -171,7 +180,7 @@ def finish(run: Session, state: RunState) -> None:
 def roll_back(run: Session, state: RunState) -> RunState:
     """Returns to the last checkpoint without the samples of the bad steps; gives up when that was tried enough."""
     run.watchdog.progress(state.step, "roll_back")
-    keep(run, state.step, run.saver.finish)
+    advance_save(run, state.step, run.saver.finish)
     given_up = (state.bad_since, state.samples)
     found = resume.find_checkpoint(run.checkpoints, run.engine, sound=True)
     if found is None or len(run.skipped) >= run.plan.config.guard.max_rollbacks:
@@ -182,7 +191,7 @@ def roll_back(run: Session, state: RunState) -> RunState:
             fix="Lower optimizer.lr, lengthen the warm-up, or look at those samples.",
         )
     run.skipped.append(given_up)
-    restored = resume.restore(found, run.engine, run.identity)
+    restored = _restore(run, found)
     run.saved = restored.step
     if run.is_first:
         write_skipped(run.plan.output, run.skipped)

@@ -32,3 +32,26 @@ def test_a_save_that_falls_on_a_spike_is_made_after_it(tmp_path):
     assert [row["step"] for row in tiny_run.rows(tmp_path / "run", "spike")] == [10, 11]
     assert [row["step"] for row in tiny_run.rows(tmp_path / "run", "save")] == [5, 12, 15, 17]
     assert checkpointing.list_steps(tmp_path / "run/checkpoints") == [12, 17]
+
+
+def test_a_checkpoint_before_a_split_brings_its_stages_back(tmp_path):
+    forked_world.preload()
+    shared = {"plan": "2,2", "untie": [{"plan": "unshared:4", "step": 4}]}
+    corpus = tiny_run.write_corpus(tmp_path / "corpus")
+    small = {"shape": {"num_layers": 4, "hidden_size": 32, "head_dim": 8, "ffn_size": 64}}
+    keeping = {"every_steps": 2, "keep_last": 9}
+
+    def train(name, *words, steps):
+        path = tiny_run.recipe(tmp_path / name, corpus, model=small, sharing=shared, checkpoint=keeping)
+        ended = forked_world.run(tmp_path / name / "log", ["train", path, f"train.steps={steps}", *words])
+        assert ended.codes in ([0], [75]), ended.text
+        return tmp_path / name / "run"
+
+    whole = train("whole", steps=8)
+    cut = train("cut", "train.stop_after=6", steps=8)
+    for step in (4, 6):
+        (checkpointing.step_folder(cut / "checkpoints", step) / "rank_00000.safetensors").write_bytes(b"cut")
+    train("cut", steps=8)
+    assert [row["step"] for row in tiny_run.rows(cut, "untie")] == [4]
+    assert tiny_run.curve(cut) == tiny_run.curve(whole)
+    assert tiny_run.saved_hashes(cut, 8) == tiny_run.saved_hashes(whole, 8)

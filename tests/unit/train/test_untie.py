@@ -9,7 +9,7 @@ import pytest
 from megatron_inherit.config.sharing import UntieStep
 from megatron_inherit.sharing.options import Sharing
 from megatron_inherit.sharing.stage_plan import parse_plan
-from megatron_inherit.train.untie import is_due, losses_since_split
+from megatron_inherit.train.untie import is_split_due, losses_since_split
 
 ROWS = [
     {"kind": "eval", "step": 0, "loss": None},
@@ -30,4 +30,4 @@ def test_only_a_split_that_the_run_still_has_begins_a_new_count(tmp_path, plan, 
         engine=SimpleNamespace(gather_text=lambda text: [text]),
     )
     assert losses_since_split(run) == losses
-    assert is_due(UntieStep(plan="2,2,2,2", patience=1), 4, losses) == bool(losses)
+    assert is_split_due(UntieStep(plan="2,2,2,2", patience=1), 4, losses) == bool(losses)
