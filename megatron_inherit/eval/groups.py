@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_inherit.base.errors import DataError
-from megatron_inherit.eval.runs import Run
+from megatron_inherit.config.load import flatten
+from megatron_inherit.eval.runs import Run, with_defaults
 from megatron_inherit.eval.val_loss import difference_stderr, summarize
+
+_OF_A_RUN = ("run.", "data.seed", "model.path", "distill.teacher", "distill.cache", "checkpoint", "logging", "guard")
 
 
 @dataclass(frozen=True)
@@ -175,11 +178,11 @@ def _first_at(group: Group, loss: float) -> tuple[float, bool]:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Puts runs together that differ in nothing but the seed: one name, one parent folder, other seeds."""
+    """Puts runs together that differ in nothing but the seed: one name, one parent folder, one recipe, other seeds."""
     groups: dict[object, list[Run]] = {}
     for run in runs:
-        section = run.recipe.get("run") or {}
-        key: object = (section["name"], run.path.resolve().parent) if section.get("name") and run.evals else run.path
+        name = (run.recipe.get("run") or {}).get("name")
+        key: object = (name, run.path.resolve().parent, *_recipe_of(run)) if name and run.evals else run.path
         groups.setdefault(key, []).append(run)
     made: list[Group] = []
     for together in groups.values():
@@ -205,6 +208,12 @@ def require_same_windows(groups: Sequence[Group]) -> None:
             got=f"{one} and {two}",
             fix="Run one of them again with the other's eval.windows.",
         )
+
+
+def _recipe_of(run: Run) -> tuple[str, ...]:
+    """Gives what the runs of an arm have in common: not their folders and seeds, nor where a start or teacher is."""
+    values = flatten(with_defaults(run.recipe)).items()
+    return tuple(sorted(f"{key}={value!r}" for key, value in values if not key.startswith(_OF_A_RUN)))
 
 
 def _label(runs: Sequence[Run]) -> str:

@@ -31,6 +31,8 @@ THEME = {INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper"} | {
 }
 _DASHES: tuple[Any, ...] = ("-", (0, (6, 2)), (0, (2, 1.5)), (0, (7, 2, 1.5, 2)), (0, (1, 1)), (0, (4, 1, 1, 1, 1, 1)))
 
+_LINE = 14.0
+"""Points from one label to the next."""
 _REFERENCE_DASH = (0, (4, 3))
 _SAMPLE = 26.0
 """Length in points of a line's sample beside its label."""
@@ -109,7 +111,7 @@ def loss_curves(
         reference: Label and height of a horizontal line, the teacher's loss for instance.
         wide: For a page; else for a phone.
     """
-    figure, axes = _canvas((9.6, 4.6) if wide else (4.6, 4.4))
+    figure, axes = _canvas((9.6, _height(4.6, curves)) if wide else (4.6, _height(4.4, curves)))
     _draw_losses(figure, axes, curves, reference, ylabel)
     return figure
 
@@ -224,8 +226,11 @@ def curves_and_table(
 ) -> Figure:
     """Draws the loss curves with the arms' table below, for places that show a picture but no page."""
     table_height = 0.32 * (len(rows) + 1) + 0.2
-    figure = require("matplotlib.figure", "plots").Figure(figsize=(9.6, 4.4 + table_height), layout="constrained")
-    top, below = figure.subplots(2, 1, height_ratios=(4.4, table_height))
+    curves_height = _height(4.4, curves)
+    figure = require("matplotlib.figure", "plots").Figure(
+        figsize=(9.6, curves_height + table_height), layout="constrained"
+    )
+    top, below = figure.subplots(2, 1, height_ratios=(curves_height, table_height))
     _draw_losses(figure, top, curves, reference, "validation loss (nats)")
     if reference is not None:
         top.axhline(reference[1], color=MUTED, linewidth=1.2, linestyle=_REFERENCE_DASH)
@@ -309,10 +314,8 @@ def _loss_axis(axes: Axes, curves: Sequence[Curve], reference: tuple[str, float]
     axes.set_ylim(low - margin, high + margin)
 
 
-def _end_labels(
-    figure: Figure, axes: Axes, curves: Sequence[Curve], reference: tuple[str, float] | None, gap: float = 14.0
-) -> None:
-    """Writes each line's name at its end, pushed apart where lines end close together."""
+def _end_labels(figure: Figure, axes: Axes, curves: Sequence[Curve], reference: tuple[str, float] | None) -> None:
+    """Writes each line's name at its end, pushed apart where lines end close together, and beside the axes."""
     right = max((curve.x[-1] for curve in curves if len(curve.x)), default=1)
     wanted = [
         (float(ends[-1]), curve.label, *_look(number))
@@ -324,8 +327,12 @@ def _end_labels(
     sampled = len({dash for *_, dash in wanted if dash != _REFERENCE_DASH}) > 1
     figure.draw_without_rendering()
     low, high = axes.get_ylim()
-    points_per_unit = axes.get_window_extent().height * 72 / figure.dpi / (high - low)
-    heights = spread([(y - low) * points_per_unit for y, *_ in wanted], gap)
+    top = axes.get_window_extent().height * 72 / figure.dpi
+    points_per_unit = top / (high - low)
+    heights = spread([(y - low) * points_per_unit for y, *_ in wanted], _LINE)
+    last = len(heights) - 1
+    heights = [max(height, _LINE * place) for place, height in enumerate(heights)]
+    heights = [min(height, top - _LINE * (last - place)) for place, height in enumerate(heights)]
     for (y, label, color, dash), height in zip(wanted, heights, strict=True):
         shift = height - (y - low) * points_per_unit
         if sampled:
@@ -340,6 +347,11 @@ def _end_labels(
             fontsize=10.5,
             annotation_clip=False,
         )
+
+
+def _height(least: float, curves: Sequence[Curve]) -> float:
+    """Gives the inches that the names of the curves, and of a reference, need one below the other."""
+    return max(least, 1.0 + (1 + sum(len(curve.x) > 0 for curve in curves)) * _LINE / 72)
 
 
 def _look(number: int) -> tuple[str, Any]:

@@ -16,7 +16,8 @@ class Arm:
     """One line of the arms' table; None where the run did not record it.
 
     Attributes:
-        init: How the model began: ``inherited``, ``random`` or ``given weights``.
+        init: How the model began: ``inherited``, ``random`` or ``given weights``; with ``, distilled`` where a teacher
+            helped it on, so that it is not what the others are held against.
         start_loss: Validation loss before the first update, nats.
         loss, stderr: Final validation loss and its standard error over the windows, nats.
         gap: ``loss`` less that of the baseline arm on the same windows.
@@ -144,9 +145,11 @@ def _arm(run: Run) -> Arm:
 
 def _init(run: Run) -> str:
     ops = (run.inheritance.get("plan") or {}).get("ops") or ()
+    helped = run.recipe.get("distill") or {}
+    helped = ", distilled" if helped.get("teacher") or helped.get("cache") else ""
     if (run.recipe.get("model") or {}).get("init") == "random" or (ops and all(op["op"] == "init" for op in ops)):
-        return "random"
-    return "inherited" if run.inheritance else "given weights"
+        return f"random{helped}"
+    return f"{'inherited' if run.inheritance else 'given weights'}{helped}"
 
 
 def _comparable(baseline: Arm, arms: Sequence[Arm]) -> int:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 import os
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from megatron_inherit.base.errors import DataError, UsageError
+from megatron_inherit.base.errors import ConfigError, DataError, UsageError
+from megatron_inherit.config.load import build_config
 
 METRICS, WINDOW_LOSSES = "metrics.jsonl", "window_losses.json"
 Row = dict[str, Any]
@@ -167,7 +168,8 @@ def load_run(path: Path, label: str = "") -> Run:
 def find_runs(paths: Iterable[Path]) -> list[Run]:
     """Reads runs and studies; a study is a folder with run folders below it, which take their labels from there.
 
-    With several paths a study's name is a part of its runs' labels.
+    With several paths a study's name is a part of its runs' labels; runs of one label get as much of their folders'
+    paths as tells them apart. A folder that is given twice counts once.
 
     Raises:
         UsageError: A path holds neither.
@@ -183,7 +185,28 @@ def find_runs(paths: Iterable[Path]) -> list[Run]:
             raise UsageError(f"{path} is neither a run nor a study: no {METRICS} in it or below it.")
         base = path.resolve().name if len(paths) > 1 else ""
         runs += [load_run(folder, str(Path(base, folder.relative_to(path)))) for folder in below]
-    return runs
+    return _told_apart({run.path.resolve(): run for run in runs})
+
+
+def with_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Gives a recipe that an earlier version wrote the keys that came later, with their defaults."""
+    try:
+        return build_config(recipe, where="an earlier run").model_dump(mode="json")
+    except ConfigError:
+        return recipe
+
+
+def _told_apart(runs: Mapping[Path, Run]) -> list[Run]:
+    alike: dict[str, list[Path]] = {}
+    for path, run in runs.items():
+        alike.setdefault(run.label, []).append(path)
+    made = []
+    for path, run in runs.items():
+        same, length = alike[run.label], 1
+        while len({other.parts[-length:] for other in same}) < len(same):
+            length += 1
+        made.append(run if len(same) == 1 else replace(run, label=str(Path(*path.parts[-length:]))))
+    return made
 
 
 def read_metrics(path: Path) -> list[Row]:

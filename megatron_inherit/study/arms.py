@@ -35,12 +35,12 @@ from megatron_inherit.base.errors import (
 )
 from megatron_inherit.base.log import get_logger
 from megatron_inherit.checkpoint.detect import open_source
-from megatron_inherit.config.load import build_config, flatten, to_yaml
+from megatron_inherit.config.load import flatten, to_yaml
 from megatron_inherit.config.schema import RunConfig
 from megatron_inherit.data.indexed import bin_path
 from megatron_inherit.eval.repair import fit_repair
 from megatron_inherit.eval.repaired_plan import apply_repair, describe
-from megatron_inherit.eval.runs import METRICS, Run, load_run, read_json
+from megatron_inherit.eval.runs import METRICS, Run, load_run, read_json, with_defaults
 from megatron_inherit.inherit.inheritune import plan_inheritance
 from megatron_inherit.plan.execute import RECORD, execute
 from megatron_inherit.study.layers import resolve
@@ -316,14 +316,6 @@ def _refuse_other(config: RunConfig, folder: Path) -> None:
                 expected=now.get(key),
                 fix="Choose another folder, or delete that one.",
             )
-
-
-def with_defaults(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Gives a recipe that an earlier version wrote the keys that came later, with their defaults."""
-    try:
-        return build_config(recipe, where="an earlier run").model_dump(mode="json")
-    except ConfigError:
-        return recipe
 
 
 def _from_run(values: Mapping[str, Any], key: str) -> str | None:

@@ -23,7 +23,7 @@ from megatron_inherit.checkpoint.detect import open_source
 from megatron_inherit.config.load import flatten, to_yaml
 from megatron_inherit.config.schema import RunConfig
 from megatron_inherit.eval.growth_table import RECORD
-from megatron_inherit.eval.runs import Run, read_json
+from megatron_inherit.eval.runs import Run, read_json, with_defaults
 from megatron_inherit.eval.val_loss import difference_stderr
 from megatron_inherit.inherit.assemble import assemble
 from megatron_inherit.inherit.grow import Block, Gap, Rule, continued, first_blocks, patched
@@ -31,7 +31,7 @@ from megatron_inherit.inherit.inheritune import plan_inheritance
 from megatron_inherit.plan.execute import RECORD as INHERITED
 from megatron_inherit.plan.execute import execute
 from megatron_inherit.plan.plan import describe_layers
-from megatron_inherit.study.arms import make_start, missing_inputs, with_defaults
+from megatron_inherit.study.arms import make_start, missing_inputs
 from megatron_inherit.study.growth_recipes import CONTROL, START, GrowthPlan
 from megatron_inherit.train.run_folder import is_held, locked, make_writable
 

@@ -200,6 +200,8 @@ class StudySection(Section):
 
     @model_validator(mode="after")
     def _names_known(self) -> StudySection:
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ConfigError("seeds: one stands twice, and a run would count twice.", got=list(self.seeds))
         names: list[str] = []
         for arm in self.arms:
             if arm.name in (*names, TEACHER):

@@ -85,6 +85,16 @@ def test_runs_are_grouped_by_arm(tmp_path):
     assert [(group.label, group.seeds) for group in groups] == [("x", [1, 2]), ("y", [1, 2]), ("teacher", [1])]
 
 
+def test_runs_of_one_name_and_other_recipes_are_no_seeds_of_one_arm(tmp_path):
+    for seed, rate in ((1, 0.1), (2, 0.2), (3, 0.1)):
+        folder = tmp_path / f"s{seed}"
+        run(folder, [3, 2], seed=seed, name="run")
+        section = {"name": "run", "seed": seed, "output": str(folder)}
+        recipe = {"run": section, "model": {"path": str(folder / "start")}, "optimizer": {"lr": rate}}
+        (folder / "run.yaml").write_text(yaml.safe_dump(recipe))
+    assert [group.seeds for group in group_runs(find_runs([tmp_path]))] == [[1, 3], [2]]
+
+
 def test_other_windows_are_refused(tmp_path):
     groups = [Group("a", (run(tmp_path / "a", [1]),)), Group("b", (run(tmp_path / "b", [1], fingerprint="v"),))]
     with pytest.raises(DataError, match="different windows"):

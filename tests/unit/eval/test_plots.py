@@ -98,3 +98,16 @@ def test_an_arm_that_diverged_is_labelled_where_it_was_last_a_number():
     figure = plots.loss_curves(curves)
     assert {text.get_text(): text.xy[1] for text in figure.axes[0].texts} == {"whole": 2.0, "gone": 2.8}
     assert plots.to_png(figure).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("wide", [True, False])
+@pytest.mark.parametrize("number", [3, 43])
+def test_labels_stand_beside_the_axes_and_leave_them_their_height(number, wide):
+    curves = [plots.Curve(f"arm {n}", [0, 1000, 50_000], [5.0, 3.0, 2.0 + n / 1000]) for n in range(number)]
+    figure = plots.loss_curves(curves, reference=("teacher", 1.9), wide=wide)
+    figure.draw_without_rendering()
+    axes = figure.axes[0].get_window_extent()
+    assert axes.height > 0.75 * figure.bbox.height
+    heights = sorted(height_of(text) for text in figure.axes[0].texts)
+    assert all(axes.y0 - 1 <= height <= axes.y1 + 1 for height in heights)
+    assert all(b - a >= 13.9 * figure.dpi / 72 for a, b in itertools.pairwise(heights))

@@ -48,6 +48,14 @@ def test_a_study_is_the_runs_below_a_folder(tmp_path):
         find_runs([tmp_path / "nothing"])
 
 
+def test_runs_of_one_name_are_told_apart_and_one_given_twice_counts_once(tmp_path):
+    for folder in ("one/deep/run", "other/deep/run", "third"):
+        write_run(tmp_path / folder)
+    one, other, third = (tmp_path / folder for folder in ("one/deep/run", "other/deep/run", "third"))
+    labels = [run.label for run in find_runs([one, other, third, one / "..", one])]
+    assert labels == ["one/deep/run", "other/deep/run", "third"]
+
+
 def test_gaps_are_to_the_random_arm_and_only_on_equal_windows(tmp_path):
     runs = [
         load_run(write_run(tmp_path / "inherit", final=2.5)),
@@ -60,6 +68,14 @@ def test_gaps_are_to_the_random_arm_and_only_on_equal_windows(tmp_path):
     assert random.gap is None
     assert other.gap is None
     assert inherit.device_hours == pytest.approx(inherit.seconds / 3600 * 2)
+
+
+def test_a_random_student_with_a_teacher_is_not_what_others_are_held_against(tmp_path):
+    runs = [write_run(tmp_path / name, final=3.0, init="random") for name in ("distilled", "plain")]
+    recipe = yaml.safe_load((runs[0] / "run.yaml").read_text()) | {"distill": {"teacher": "teacher", "cache": None}}
+    (runs[0] / "run.yaml").write_text(yaml.safe_dump(recipe))
+    found = arms_of([load_run(path) for path in runs])
+    assert [(arm.init, arm.is_baseline) for arm in found] == [("random, distilled", False), ("random", True)]
 
 
 def test_a_student_of_fresh_tensors_is_the_random_arm_of_its_depth(tmp_path):

@@ -85,6 +85,7 @@ def test_what_is_written_into_the_folder_settles_to_the_same(tmp_path):
         ({"control": "randm"}, "control: there is no arm 'randm'"),
         ({"arms": [{"name": "random", "layers": "all", "layer": 3}]}, r"unknown key\. Nearest: arms\.0\.layers"),
         ({"arms": [ONE, dict(ONE)]}, "stands twice"),
+        ({"seeds": [1, 2, 1]}, "seeds: one stands twice"),
         ({"arms": [{"name": "random", "layers": "all", "origin": "later"}]}, "origin 'later' is no earlier arm"),
         ({"arms": [{"name": "random"}]}, "exactly one of layers and model"),
         ({"arms": [{"name": "random", "layers": "all", "reset": ["mlp"], "repair": {"methods": "affine"}}]},
