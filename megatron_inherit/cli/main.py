@@ -122,11 +122,17 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:
         return _reader_left()
     except Exception as error:
-        known = disk_error(error, Path("the output")) if isinstance(error, OSError) else error
+        known = _foreseen(error) if isinstance(error, OSError) else error
         if isinstance(known, MinheritError):
             return _fail(known, str(known), known.exit_code, debug)
         hint = "This is a bug of minherit; run again with --debug for the traceback."
         return _fail(error, f"{type(error).__name__}: {error}. {hint}", 1, debug)
+
+
+def _foreseen(error: OSError) -> Exception:
+    """Knows full and closed disks, and what stands where a folder or a file is to be made."""
+    in_the_way = isinstance(error, FileExistsError | IsADirectoryError) and error.filename
+    return disk_error(error, Path(os.fsdecode(error.filename) if in_the_way else "the output"))
 
 
 def _reader_left() -> int:

@@ -69,6 +69,13 @@ def test_a_full_or_closed_disk_is_never_a_bug(monkeypatch, teacher, tmp_path, ca
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("number", [errno.EEXIST, errno.EISDIR])
+def test_what_is_in_the_way_is_never_a_bug(monkeypatch, teacher, tmp_path, capsys, number):
+    _failing_with(monkeypatch, OSError(number, os.strerror(number), "notes"))
+    assert main(["inherit", str(teacher), str(tmp_path / "s"), "--layers", "0"]) == 2
+    assert "minherit: notes is in the way" in capsys.readouterr().err
+
+
 def test_a_missing_file_that_nobody_foresaw_stays_a_bug(monkeypatch, teacher, tmp_path, capsys):
     _failing_with(monkeypatch, FileNotFoundError(errno.ENOENT, "No such file", "/data/x"))
     assert main(["inherit", str(teacher), str(tmp_path / "s"), "--layers", "0"]) == 1
