@@ -50,13 +50,15 @@ def configuration_page() -> str:
         if isinstance(section, type) and issubclass(section, BaseModel):
             out += _section(name, section)
         else:
-            out += [f"## {name}", "", f"`{_type(section)}`, default `{field.default}`", ""]
+            out += [f"## {name}", "", f"{_type(section)}, default `{field.default}`", ""]
     return "\n".join(out)
 
 
 def _section(name: str, section: type[BaseModel]) -> list[str]:
+    """Writes the keys of a section, and those of the sections in it below a heading of their own."""
     summary, meanings = _docstring(section)
-    rows = [f"## {name}", "", summary, "", "| key | type | default | meaning |", "|---|---|---|---|"]
+    head = f"{'###' if '.' in name else '##'} {name}"
+    rows = [head, "", summary, "", "| key | type | default | meaning |", "|---|---|---|---|"]
     for key, field in section.model_fields.items():
         default = (
             "*required*"
@@ -64,11 +66,21 @@ def _section(name: str, section: type[BaseModel]) -> list[str]:
             else f"`{_default(field)}`"
         )
         rows.append(f"| `{key}` | {_type(field.annotation)} | {default} | {meanings.get(key, '')} |")
+    for key, field in section.model_fields.items():
+        for inner in _sections_in(field.annotation):
+            rows += ["", *_section(f"{name}.{key}", inner)]
     return [*rows, ""]
 
 
+def _sections_in(annotation) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [inner for argument in typing.get_args(annotation) for inner in _sections_in(argument)]
+
+
 def _default(field) -> object:
-    return field.default_factory() if field.default_factory is not None else field.default
+    value = field.default_factory() if field.default_factory is not None else field.default
+    return "{}" if isinstance(value, BaseModel) else value
 
 
 def _docstring(section: type[BaseModel]) -> tuple[str, dict[str, str]]:
@@ -89,7 +101,11 @@ def _type(annotation) -> str:
     if origin is typing.Annotated:
         return _type(arguments[0])
     if origin in (tuple, list, dict):
-        return f"{origin.__name__} of {', '.join(_type(a) for a in arguments if a is not Ellipsis)}"
+        return (
+            f"{'dict' if origin is dict else 'list'} of {', '.join(_type(a) for a in arguments if a is not Ellipsis)}"
+        )
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "a section, below,"
     if arguments:
         return " or ".join("none" if a is type(None) else _type(a) for a in arguments)
     return {"int": "integer", "float": "number", "str": "text", "bool": "true or false"}.get(

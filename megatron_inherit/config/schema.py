@@ -100,8 +100,8 @@ class TrainSection(Section):
     """How much is trained, and in what pieces.
 
     Attributes:
-        steps: Optimizer steps, 0 to score the model it starts from and no more; or
-        budget: tokens to see, ``50B`` for instance, repetitions included.
+        steps: Optimizer steps, instead of ``budget``; 0 scores the model it starts from and no more.
+        budget: Tokens to see, instead of ``steps``; ``50B`` for instance, repetitions included.
         global_batch: Sequences of a step, over all replicas.
         micro_batch: Sequences of one forward pass on one replica.
         sequence_length: Tokens of a sequence.

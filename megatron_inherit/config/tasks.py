@@ -13,8 +13,8 @@ class TasksSection(Section):
     """lm-eval tasks scored on the model in training; exactly one of names and suite.
 
     Attributes:
-        names: Tasks; or
-        suite: a suite, as of ``minherit evaluate``.
+        names: Tasks, instead of ``suite``.
+        suite: A suite, as of ``minherit evaluate``.
         data_dir: Folder of local task files; without it lm-eval's own data.
         every_steps: Steps between; the last step is always scored.
         limit: First items of each task only.
