@@ -103,11 +103,16 @@ def _read_grid(folder: Path) -> list[list[_Rank]]:
     Raises:
         CheckpointError: A rank is missing, or the ranks are of different worlds.
     """
-    found = {}
+    found: dict[tuple[int, int], Path] = {}
     for entry in sorted(folder.iterdir()):
         match = _OPTIMIZER.fullmatch(entry.name)
         if match:
-            found[int(match[2]), int(match[1])] = entry
+            place = int(match[2]), int(match[1])
+            if place in found:
+                raise CheckpointError(
+                    f"{entry} and {found[place].name} are the same rank.", fix="Remove the one of another run."
+                )
+            found[place] = entry
     worlds = 1 + max(mp for mp, _ in found), 1 + max(dp for _, dp in found)
     for mp in range(worlds[0]):
         for dp in range(worlds[1]):

@@ -329,12 +329,11 @@ def _read_headers(pool: FilePool, path: str, identity: dict[str, str]) -> dict[s
 
 
 def _files(pool: FilePool, path: str, identity: dict[str, str]) -> tuple[list[str], dict[str, str]]:
-    for index in (INDEX, "pytorch_model.bin.index.json"):
-        if exists(pool, join(path, index)):
-            return _read_index(pool, path, index, identity)
-    for single in (SINGLE, "pytorch_model.bin"):
+    for single, index in ((SINGLE, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json")):  # as transformers
         if exists(pool, join(path, single)):
             return [single], {}
+        if exists(pool, join(path, index)):
+            return _read_index(pool, path, index, identity)
     found = [] if is_remote(path) else sorted(entry.name for entry in Path(path).glob("*.safetensors"))
     if len(found) != 1:
         raise CheckpointError(

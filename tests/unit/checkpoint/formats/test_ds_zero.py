@@ -139,6 +139,11 @@ class TestRefusals:
         (folder / "global_step7" / "zero_pp_rank_2_mp_rank_00_optim_states.pt").unlink()
         self.refused(folder, "written by 3", "2 files")
 
+    def test_one_rank_of_two_runs(self, folder):
+        name = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+        shutil.copyfile(folder / "global_step7" / name, folder / "global_step7" / f"bf16_{name}")
+        self.refused(folder, "are the same rank", f"bf16_{name}", name)
+
     def test_mixed_steps(self, folder):
         def later(value):
             for base in ("optimizer_state_dict", "base_optimizer_state"):

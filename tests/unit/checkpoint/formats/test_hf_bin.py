@@ -1,7 +1,9 @@
 """Folders from before safetensors, as transformers and torch saved them, read without unpickling."""
 
 import json
+import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -84,3 +86,25 @@ def test_a_head_that_is_not_the_embedding_it_is_said_to_be(tmp_path, row):
     torch.save(tensors, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="Set tie_word_embeddings to false"):
         open_source(tmp_path)
+
+
+def test_of_several_sets_of_weights_the_one_that_transformers_takes(tmp_path):
+    """Repositories hold pytorch_model.bin beside safetensors, and folders what was saved before."""
+    from transformers import AutoModelForCausalLM
+
+    config = FAMILIES["llama"]
+    sets = {}
+    for seed, size in enumerate((10**9, 20_000)):
+        sets[size] = random_arrays(config, seed=seed)
+        write_checkpoint(tmp_path / str(size), config, sets[size], "hf", max_shard_bytes=size)
+    folder = tmp_path / "both"
+    shutil.copytree(tmp_path / "20000", folder)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"a": "pytorch_model-1.bin"}}))
+    for single in (False, True):
+        if single:
+            shutil.copyfile(tmp_path / str(10**9) / "model.safetensors", folder / "model.safetensors")
+        expected = sets[10**9 if single else 20_000]["layers.1.mlp.up.weight"]
+        theirs = AutoModelForCausalLM.from_pretrained(folder).model.layers[1].mlp.up_proj.weight
+        assert np.array_equal(theirs.detach().numpy(), expected)
+        with open_source(folder) as source:
+            assert np.array_equal(source.read("layers.1.mlp.up.weight").array(), expected)
