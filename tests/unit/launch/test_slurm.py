@@ -32,10 +32,17 @@ def end(code):
 code = os.environ["CODE"]
 if code == "crash":
     os.kill(os.getpid(), signal.SIGKILL)
-if code == "wait":
-    signal.signal(signal.SIGUSR1, lambda *a: end(75))
+def save(number, frame):
+    if code == "slow" and number == signal.SIGUSR1:
+        open(os.environ["CALLS"] + "/saving", "w").close()
+    else:
+        end(75)
+if code in ("wait", "slow"):
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, save)
     open(os.environ["CALLS"] + "/ready", "w").close()
-    time.sleep(60)
+    for _ in range(600):
+        time.sleep(0.1)
 end(int(code))
 """
 
@@ -74,14 +81,38 @@ def site(tmp_path):
     return Site(tmp_path)
 
 
-def test_a_signal_before_the_limit_saves_and_requeues_once(site):
-    process = site.start("wait")
+def waiting(site, code="wait"):
+    """Starts a job that runs until it is told to end."""
+    process = site.start(code)
     deadline = time.monotonic() + 20
     while not (site.calls / "ready").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
+    return process
+
+
+def test_a_signal_before_the_limit_saves_and_requeues_once(site):
+    process = waiting(site)
     process.send_signal(signal.SIGUSR1)
     assert process.wait(20) == 0
     assert site.requeues() == ["requeue 41"]
+
+
+def test_a_save_that_goes_on_to_the_limit_still_requeues(site):
+    process = waiting(site, code="slow")
+    process.send_signal(signal.SIGUSR1)
+    deadline = time.monotonic() + 20
+    while not (site.calls / "saving").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 0
+    assert site.requeues() == ["requeue 41"]
+
+
+def test_a_job_that_is_cancelled_saves_and_stays_away(site):
+    process = waiting(site)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 75
+    assert site.requeues() == []
 
 
 @pytest.mark.parametrize("code", ["0", "3", "6", "7"])
