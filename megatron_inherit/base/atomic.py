@@ -184,7 +184,7 @@ def disk_error(error: OSError, path: Path) -> Exception:
     ours, theirs = os.path.abspath(path), os.path.abspath(named)
     of_output = os.path.commonpath((ours, theirs)) in (ours, theirs)
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        verb = "written" if of_output else "opened"
+        verb = "written" if of_output or error.errno == errno.EROFS else "opened"
         return DiskError(f"{named} cannot be {verb}: {error.strerror}.", fix="Check the folder's permissions.")
     if of_output and error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
         return DiskError(f"{named} cannot be made: {error.strerror}.", fix="Choose another output path.")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from megatron_inherit.base.atomic import refuse_existing, write_json
+from megatron_inherit.base.atomic import refuse_existing, require_space, write_json
 from megatron_inherit.base.errors import UsageError
 from megatron_inherit.cli.share_place import Stages, choose, measure
 from megatron_inherit.cli.transfer import run_transfer
@@ -60,6 +60,7 @@ def make_family(
 
     Raises:
         UsageError: A depth does not fit the rule, or a folder exists.
+        DiskError: There is no room for all depths.
     """
     folders = {depth: out / f"depth-{depth:02d}" for depth in report.depths}
     for folder in folders.values():
@@ -70,10 +71,12 @@ def make_family(
             )
         refuse_existing(folder, overwrite=overwrite, source=source.path)
     chosen = {depth: choose(source, depth, place, windows) for depth in report.depths}
+    plans = {depth: plan(choice.stages) for depth, choice in chosen.items()}
+    require_space(out, sum(made.weight_bytes for made in plans.values()))
     rows = []
     for depth, folder in folders.items():
         stages, loss = chosen[depth].stages, chosen[depth].loss
-        run_transfer(plan(stages), source, folder, overwrite=overwrite, quiet=True)
+        run_transfer(plans[depth], source, folder, overwrite=overwrite, quiet=True)
         if loss is None and windows is not None:
             loss = measure(source, [stages], windows)[stages]
         rows.append({"depth": depth, "stages": stages, "loss": loss})

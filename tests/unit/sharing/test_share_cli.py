@@ -1,6 +1,7 @@
 """``minherit share`` without training: plans drawn and laid over pipelines, families, and what is refused."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -208,6 +209,14 @@ def test_a_family_counts_parameters_and_steps_with_denominators(capsys, gene, tm
             assert source.config.num_layers == depth
             values = source.read("layers.0.mlp.up.weight").array()
             assert len(np.unique(values[0])) <= 255
+
+
+def test_a_family_that_has_no_room_is_not_begun(capsys, gene, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=3 * 2**20))
+    code, text = said(capsys, "family", gene, tmp_path / "out", "--depths", "4-12")
+    assert code == 7
+    assert "Not enough space" in text
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_family_that_was_interrupted_is_said_to_be(capsys, gene, tmp_path):
