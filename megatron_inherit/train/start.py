@@ -127,6 +127,7 @@ def tell_dropout(hf_config: Mapping[str, Any] | None) -> None:
 def describe(session: Session) -> None:
     """Writes what the run is, once it is sure that the checkpoints in its folder are its own; rank 0 does it."""
     plan = session.plan
+    _tell_other_windows(session)
     _keep_record(plan)
     write_text(plan.output / RECIPE, to_yaml(plan.config))
     tell_dropout(None if plan.source is None else plan.source.hf_config)
@@ -154,6 +155,18 @@ def describe(session: Session) -> None:
     )
 
 
+def _tell_other_windows(session: Session) -> None:
+    """Warns that a run that goes on is measured on other windows from here on."""
+    before = _read_manifest(session.plan.output).get("evaluation")
+    now = None if session.windows is None else session.windows.fingerprint
+    if session.saved and before and now and before != now:
+        logger.warning(
+            "eval.windows holds other windows than in the session before: validation losses up to step %d and after it "
+            "cannot be compared, and sharing.untie.patience compares them. Set eval.windows back.",
+            session.saved,
+        )
+
+
 def _start_of(plan: RunPlan, source: Source) -> dict[str, Any]:
     section = plan.config.model
     about = {"named": section.path, "init": section.init, "values": _sampled_values(plan)}
@@ -173,7 +186,14 @@ def _keep_record(plan: RunPlan) -> None:
 
 def _began_from(folder: Path) -> dict[str, Any] | None:
     """Gives what a run's manifest says of its start, nothing for a preset; None if it cannot be read."""
+    manifest = _read_manifest(folder)
+    return (manifest["started_from"] or {}) if "started_from" in manifest else None
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    """Reads a run's manifest; nothing if it cannot be read."""
     try:
-        return json.loads((folder / MANIFEST).read_text())["started_from"] or {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        value = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

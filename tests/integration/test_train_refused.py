@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import shutil
 
 import pytest
 
@@ -94,3 +95,16 @@ def test_a_dry_run_refuses_what_the_run_would_and_leaves_nothing(tmp_path):
         assert ended.codes == [code], (more, ended.text)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     assert forked_world.run(tmp_path / "second", [*words, "--processes", "2"]).codes == [2]
+
+
+def test_other_evaluation_windows_of_one_run_are_told(tmp_path):
+    forked_world.preload()
+    words = ["train", tiny_run.recipe(tmp_path, tiny_run.write_corpus(tmp_path / "corpus")), "train.stop_after=2"]
+    for name in ("first", "second"):
+        ended = forked_world.run(tmp_path / name, words)
+        assert "other windows" not in ended.text
+    tiny_run.write_corpus(tmp_path / "other", seed=1)
+    shutil.copyfile(tmp_path / "other/windows.safetensors", tmp_path / "corpus/windows.safetensors")
+    ended = forked_world.run(tmp_path / "third", words)
+    assert ended.codes == [75], ended.text
+    assert "validation losses up to step 4 and after it cannot be compared" in ended.text
