@@ -79,7 +79,7 @@ def _print_arms(paths: list[Path]) -> None:
             str(arm.layers or ""),
             format_count(arm.tokens),
             "" if arm.start_loss is None else f"{arm.start_loss:.3f}",
-            "" if arm.loss is None else f"{arm.loss:.3f} ± {arm.stderr or 0:.3f}",
+            "" if arm.loss is None else f"{arm.loss:.3f}" + ("" if arm.stderr is None else f" ± {arm.stderr:.3f}"),
             "baseline" if arm.is_baseline else "" if arm.gap is None else f"{arm.gap:+.3f}",
             "" if arm.tokens_per_second is None else format_count(arm.tokens_per_second),
             "" if arm.seconds is None else format_seconds(arm.seconds),

@@ -201,13 +201,13 @@ def points(
     reference: tuple[str, float] | None = None,
     wide: bool = True,
 ) -> Figure:
-    """Draws (x, y, standard error) points, one line a group: a sweep of depths, for instance."""
+    """Draws (x, y, standard error) points, joined where each x of a group has one: a sweep of depths, say."""
     figure, axes = _canvas((9.6, 4.0) if wide else (4.6, 4.0))
     for number, (label, values) in enumerate(groups.items()):
-        x, y, error = zip(*sorted(values), strict=True)
-        axes.errorbar(
-            x, y, yerr=[e or 0.0 for e in error], color=SERIES[number % len(SERIES)], marker="o", capsize=3, label=label
-        )
+        x, y, error = zip(*sorted(values, key=lambda value: value[:2]), strict=True)
+        look: dict[str, Any] = {"color": SERIES[number % len(SERIES)], "marker": "o", "capsize": 3, "label": label}
+        joined = "-" if len(set(x)) == len(x) else "none"
+        axes.errorbar(x, y, yerr=[e or 0.0 for e in error], linestyle=joined, **look)
     if reference is not None:
         axes.axhline(reference[1], color=MUTED, linewidth=1.2, linestyle=_REFERENCE_DASH, label=reference[0])
     axes.set(xlabel=xlabel, ylabel=ylabel)

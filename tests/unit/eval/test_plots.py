@@ -111,3 +111,10 @@ def test_labels_stand_beside_the_axes_and_leave_them_their_height(number, wide):
     heights = sorted(height_of(text) for text in figure.axes[0].texts)
     assert all(axes.y0 - 1 <= height <= axes.y1 + 1 for height in heights)
     assert all(b - a >= 13.9 * figure.dpi / 72 for a, b in itertools.pairwise(heights))
+
+
+def test_points_are_joined_where_each_place_has_one():
+    groups = {"swept": [(2, 2.0, 0.1), (1, 3.0, None)], "tried twice": [(1, 2.0, None), (2, 2.5, None), (1, 2.0, 0.1)]}
+    axes = plots.points(groups, xlabel="blocks", ylabel="loss").axes[0]
+    found = {container.get_label(): container[0].get_linestyle() for container in axes.containers}
+    assert found == {"swept": "-", "tried twice": "None"}
