@@ -42,14 +42,18 @@ def temporary_beside(path: Path, *, aside: bool = False) -> Path:
     return path.with_name(f"{path.name}{TEMPORARY_MARK}{writer}")
 
 
-def lock(file: IO[Any] | int) -> bool:
+def lock(file: IO[Any] | int, *, shared: bool = False) -> bool:
     """Locks an open file or folder until it is closed or its process dies.
+
+    Args:
+        file: On NFS it must be open for writing, or for reading where it is shared; else it has no locks there.
+        shared: Others may hold it in the same way.
 
     Returns:
         False if another one holds it; True also where the file system has no locks.
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:

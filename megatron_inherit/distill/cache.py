@@ -18,7 +18,7 @@ import numpy as np
 
 from megatron_inherit.base import atomic
 from megatron_inherit.base.errors import DataError
-from megatron_inherit.base.temporary import locked, refuse_second_writer
+from megatron_inherit.base.temporary import lock, refuse_second_writer
 
 if TYPE_CHECKING:
     import torch
@@ -251,7 +251,7 @@ def write_cache(
 
     Raises:
         DataError: The folder holds another cache.
-        UsageError: Another process writes the same share, or, for a writer of everything, any.
+        UsageError: Another process writes the same share or everything, or, for a writer of everything, any share.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -278,12 +278,14 @@ def write_cache(
 
 
 def _hold(held: contextlib.ExitStack, folder: Path, share: Share) -> None:
-    """Locks a share as long as the stack lasts; a writer of everything locks all that were begun."""
-    names = [share.manifest, *([path.name for path in _manifests(folder)] if share.of == 1 else [])]
-    for name in sorted(set(names)):
-        path = _lock_of(folder / name)
-        path.touch()
-        if not held.enter_context(locked(path)):
+    """Locks a folder as long as the stack lasts: against all for a writer of everything, else against that one.
+
+    A share is locked besides, against its like.
+    """
+    several = share.of > 1
+    for name, shared in ((MANIFEST, several), *([(share.manifest, False)] if several else [])):
+        file = held.enter_context(_lock_of(folder / name).open("a+"))
+        if not lock(file, shared=shared):
             raise refuse_second_writer(folder / name)
 
 

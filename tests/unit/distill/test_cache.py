@@ -1,7 +1,10 @@
 """Cached targets on disk: continued where they stopped, hashed, refused where they are another run's or damaged."""
 
 import dataclasses
+import errno
+import fcntl
 import itertools
+import os
 
 import numpy as np
 import pytest
@@ -80,6 +83,33 @@ def test_two_writers_of_one_share_are_refused(tmp_path):
     assert write(tmp_path, share=Share(1, 2)) == [4]
     assert list(running) == [6]
     assert write(tmp_path) == []
+
+
+@pytest.mark.parametrize(("one", "other"), [(Share(0, 2), WHOLE), (WHOLE, Share(1, 2)), (Share(0, 2), Share(0, 2))])
+def test_a_writer_is_refused_while_another_makes_its_first_shard(tmp_path, one, other):
+    def predict_meanwhile(samples):
+        with pytest.raises(UsageError, match="Another job is writing"):
+            write(tmp_path, share=other)
+        return predict(samples)
+
+    assert list(write_cache(tmp_path, WANTED, batch, predict_meanwhile, one))
+    write(tmp_path, share=other)
+
+
+def test_a_file_system_that_locks_only_what_is_open_for_writing_locks_too(tmp_path, monkeypatch):
+    flock = fcntl.flock
+
+    def as_nfs(file, how):
+        if how & fcntl.LOCK_EX and fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", as_nfs)
+    running = write_cache(tmp_path, WANTED, batch, predict, Share(0, 2))
+    next(running)
+    for share in (Share(0, 2), WHOLE):
+        with pytest.raises(UsageError, match="Another job is writing"):
+            write(tmp_path, share=share)
 
 
 def test_targets_come_back_by_sample_in_any_order(tmp_path):
