@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from megatron_inherit.base.errors import CheckpointError
+
+
+class MissingFileError(CheckpointError):
+    """There is no such file, as far as the file system or a server that can be reached knows."""
 
 
 def is_remote(path: str) -> bool:
@@ -41,6 +46,25 @@ class FilePool:
         if is_remote(file):
             return self._remotes().size(file)
         return os.fstat(self.descriptor(file)).st_size
+
+    def exists(self, file: str) -> bool:
+        """Tells whether a file or URL is there.
+
+        Raises:
+            CheckpointError: Its server cannot be reached.
+        """
+        return bool(self._remotes().exists(file)) if is_remote(file) else os.path.isfile(file)
+
+    def names(self, folder: str, patterns: Sequence[str]) -> list[str]:
+        """Lists the files of a folder or below a URL whose names match a pattern, in order.
+
+        Raises:
+            CheckpointError: The server cannot be reached.
+        """
+        if is_remote(folder):
+            return sorted(self._remotes().names(folder, patterns))
+        found = [entry.name for entry in os.scandir(folder) if entry.is_file()] if os.path.isdir(folder) else []
+        return sorted(name for name in found if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
 
     def state(self, file: str) -> str:
         """Tells one content of a file from another without reading it: size and age, or what its server says of it.
@@ -122,7 +146,7 @@ class FilePool:
                 try:
                     self._open[key] = os.open(file, os.O_RDWR if writable else os.O_RDONLY)
                 except FileNotFoundError as error:
-                    raise CheckpointError(f"{file} is missing.", fix="Copy or download the file again.") from error
+                    raise MissingFileError(f"{file} is missing.", fix="Copy or download the file again.") from error
                 except (IsADirectoryError, PermissionError) as error:
                     raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from error
             return self._open[key]

@@ -18,10 +18,12 @@ from megatron_inherit.base.atomic import disk_error
 from megatron_inherit.base.errors import CheckpointError
 from megatron_inherit.base.log import get_logger
 from megatron_inherit.base.optional import require
+from megatron_inherit.checkpoint.files import MissingFileError
 
 CHUNK = 8 << 20
 ATTEMPTS = 5
 FIRST_WAIT = 0.5
+_ABSENT = (401, 403, 404, 410)
 _KNOWN_NAMES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -73,6 +75,30 @@ class RemoteFiles:
         """
         info = self._retry(url, lambda system: system.info(url))
         return str(sorted((str(key), str(value)) for key, value in dict(info).items()))
+
+    def names(self, folder: str, patterns: Sequence[str]) -> list[str]:
+        """Lists the files of a folder that match a pattern; plain web servers are asked for the usual names.
+
+        Raises:
+            CheckpointError: The server cannot be reached.
+        """
+        if folder.partition("://")[0] in ("http", "https"):
+            return [name for name in _KNOWN_NAMES if self.exists(f"{folder.rstrip('/')}/{name}")]
+        entries = self._retry(folder, lambda system: system.ls(folder, detail=False))
+        names = [entry.rstrip("/").rpartition("/")[2] for entry in entries]
+        return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+
+    def exists(self, url: str) -> bool:
+        """Tells whether a file is there.
+
+        Raises:
+            CheckpointError: The server cannot be reached.
+        """
+        try:
+            self.size(url)
+        except MissingFileError:
+            return False
+        return True
 
     def read_into(self, url: str, offset: int, buffer: memoryview) -> None:
         """Fills a buffer from the bytes at ``offset``.
@@ -134,17 +160,17 @@ class RemoteFiles:
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 return action(self._system(url))
-            except FileNotFoundError as error:
-                raise CheckpointError(f"{url} is missing.") from error
             except CheckpointError:
                 raise
             except Exception as error:  # connection errors of each protocol have their own classes
+                if _is_absence(error):
+                    raise MissingFileError(f"{url} is missing.", fix="Check the address.") from error
                 if attempt == ATTEMPTS:
                     raise CheckpointError(
-                        f"{url} cannot be read after {ATTEMPTS} attempts: {type(error).__name__}: {error}.",
+                        f"{url} cannot be read after {ATTEMPTS} attempts: {_reason(error)}.",
                         fix="Check the address and the network, then run the command again.",
                     ) from error
-                _log.warning("%s: %s; attempt %d of %d in %.1f s", url, error, attempt + 1, ATTEMPTS, wait)
+                _log.warning("%s: %s; attempt %d of %d in %.1f s", url, _reason(error), attempt + 1, ATTEMPTS, wait)
                 time.sleep(wait)
                 wait *= 2
         return None
@@ -197,14 +223,22 @@ class _Spool:
         return os.preadv(self.file.fileno(), [buffer], offset) == len(buffer)
 
 
-def list_names(url: str, patterns: Sequence[str]) -> list[str]:
-    """Lists the files of a remote folder that match a pattern; plain web servers are asked for the usual names."""
-    protocol = url.partition("://")[0]
-    system = _open_system(protocol)
-    if protocol in ("http", "https"):
-        return [name for name in _KNOWN_NAMES if system.exists(f"{url.rstrip('/')}/{name}")]
-    names = [entry.rstrip("/").rpartition("/")[2] for entry in system.ls(url, detail=False)]
-    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+def _is_absence(error: Exception) -> bool:
+    """Tells a file that is not there from one that cannot be had now, which fsspec calls by the same name.
+
+    Stores that may not be listed answer 403 for what they do not have.
+    """
+    cause = error.__cause__
+    status = getattr(cause, "status", None)
+    if not isinstance(error, FileNotFoundError):
+        return False
+    return status in _ABSENT if status is not None else cause is None or isinstance(cause, FileNotFoundError)
+
+
+def _reason(error: Exception) -> str:
+    """Says what went wrong with a connection."""
+    found = error.__cause__ if isinstance(error, FileNotFoundError) and error.__cause__ else error
+    return f"{type(found).__name__}: {found}"
 
 
 def _open_system(protocol: str) -> Any:

@@ -68,6 +68,26 @@ def test_dropped_connections_are_taken_up_again(server, folder, tmp_path, monkey
     assert main(["verify", str(tmp_path / "remote"), str(tmp_path / "local")]) == 0
 
 
+def test_a_busy_server_costs_neither_tokenizer_nor_licence(server, folder, tmp_path, monkeypatch, caplog):
+    """fsspec calls a file that cannot be had now one that is not there."""
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.0)
+    (folder / "teacher" / "README.md").write_text("---\nlicense: openrail\n---\n")
+    server.busy, server.absent = 4, 403
+    assert main(["inherit", server.url, str(tmp_path / "s"), "--layers", "0"]) == 0
+    assert (tmp_path / "s" / "tokenizer.json").read_text() == "{}"
+    assert "license: openrail" in (tmp_path / "s" / "README.md").read_text()
+    assert not (tmp_path / "s" / "LICENSE").exists()
+
+
+def test_a_server_that_stays_busy_is_not_one_without_files(server, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.0)
+    server.busy = 10**6
+    assert main(["inherit", server.url, str(tmp_path / "s"), "--layers", "0"]) == 5
+    told = capsys.readouterr().err
+    assert "config.json cannot be read after 5 attempts: ClientResponseError: 503" in told
+    assert not (tmp_path / "s").exists()
+
+
 def test_a_server_that_always_hangs_up_is_an_error(server, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
     server.drop_every = 1

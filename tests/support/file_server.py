@@ -17,6 +17,8 @@ class FileServer(http.server.ThreadingHTTPServer):
         sent: Bytes of safetensors files that were sent.
         ranges: Whether ranges are honoured.
         drop_every: Hangs up in the middle of every n-th answer; 0 never.
+        busy: How many requests for each file are answered with 503 before it is served.
+        absent: Status of a file that is not there.
     """
 
     daemon_threads = True
@@ -24,7 +26,8 @@ class FileServer(http.server.ThreadingHTTPServer):
     def __init__(self, folder: Path, handler: type[FileHandler]) -> None:
         super().__init__(("127.0.0.1", 0), handler)
         self.folder, self.sent, self.requests, self.dropped = folder, 0, 0, 0
-        self.ranges, self.drop_every = True, 0
+        self.ranges, self.drop_every, self.busy, self.absent = True, 0, 0, 404
+        self.asked: dict[Path, int] = {}
         self.address = f"http://127.0.0.1:{self.server_address[1]}"
 
 
@@ -45,8 +48,9 @@ class FileHandler(http.server.BaseHTTPRequestHandler):
         return self.server.folder / self.path.lstrip("/")
 
     def send_file(self, path: Path, *, body: bool, headers: tuple[tuple[str, str], ...] = ()):
-        if not path.is_file():
-            self.send_data(b"", status=404)
+        asked = self.server.asked[path] = self.server.asked.get(path, 0) + 1
+        if not path.is_file() or asked <= self.server.busy:
+            self.send_data(b"", status=503 if asked <= self.server.busy else self.server.absent)
             return
         data, size = path.read_bytes(), path.stat().st_size
         wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))

@@ -7,7 +7,6 @@ GPT-2's transposed Conv1D matrices are the canonical bytes themselves.
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -23,7 +22,7 @@ from megatron_inherit.base.atomic import write_json
 from megatron_inherit.base.errors import CheckpointError
 from megatron_inherit.checkpoint.dtypes import WEIGHT_DTYPES, cast
 from megatron_inherit.checkpoint.extents import Extent, whole
-from megatron_inherit.checkpoint.files import FilePool, create_file, is_remote, join
+from megatron_inherit.checkpoint.files import FilePool, MissingFileError, create_file, is_remote, join
 from megatron_inherit.checkpoint.formats.bind import check_tied
 from megatron_inherit.checkpoint.formats.hf_config import config_file, read_config
 from megatron_inherit.checkpoint.formats.safetensors_file import build_header, read_header
@@ -279,21 +278,14 @@ def shard_names(count: int) -> list[str]:
 
 def side_files(pool: FilePool, path: str) -> tuple[SideFile, ...]:
     """Lists the tokenizer, licence and generation files of a folder."""
-    if is_remote(path):
-        from megatron_inherit.checkpoint.remote import list_names
-
-        names = list_names(path, SIDE_FILES)
-    else:
-        names = [entry.name for entry in Path(path).iterdir() if entry.is_file()] if Path(path).is_dir() else []
-    chosen = [name for name in sorted(names) if any(fnmatch.fnmatchcase(name, rule) for rule in SIDE_FILES)]
-    return tuple(SideFile(name, join(path, name)) for name in chosen)
+    return tuple(SideFile(name, join(path, name)) for name in pool.names(path, SIDE_FILES))
 
 
 def read_licence(pool: FilePool, path: str) -> str:
     """Gives the ``license:`` line of the model card's header, or an empty string."""
     try:
         text = pool.read_all(join(path, "README.md"), limit=1 << 24).decode(errors="replace")
-    except CheckpointError:
+    except MissingFileError:
         return ""
     head = text.split("---")[1] if text.startswith("---") and text.count("---") > 1 else ""
     found = re.search(r"^license:\s*(\S+)", head, re.MULTILINE)
@@ -330,9 +322,9 @@ def _read_headers(pool: FilePool, path: str, identity: dict[str, str]) -> dict[s
 
 def _files(pool: FilePool, path: str, identity: dict[str, str]) -> tuple[list[str], dict[str, str]]:
     for single, index in ((SINGLE, INDEX), ("pytorch_model.bin", "pytorch_model.bin.index.json")):  # as transformers
-        if exists(pool, join(path, single)):
+        if pool.exists(join(path, single)):
             return [single], {}
-        if exists(pool, join(path, index)):
+        if pool.exists(join(path, index)):
             return _read_index(pool, path, index, identity)
     found = [] if is_remote(path) else sorted(entry.name for entry in Path(path).glob("*.safetensors"))
     if len(found) != 1:
@@ -356,17 +348,6 @@ def _read_index(pool: FilePool, path: str, index: str, identity: dict[str, str])
                 f"{where}: the file of tensor {name} is no plain name of a weight file in this folder.", got=repr(file)
             )
     return sorted(set(weight_map.values())), weight_map
-
-
-def exists(pool: FilePool, file: str) -> bool:
-    """Tells whether a file or URL is there."""
-    if not is_remote(file):
-        return Path(file).is_file()
-    try:
-        pool.size(file)
-    except CheckpointError:
-        return False
-    return True
 
 
 def _read_json(pool: FilePool, file: str, identity: dict[str, str]) -> dict[str, Any]:
