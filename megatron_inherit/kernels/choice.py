@@ -37,12 +37,17 @@ def requested() -> str:
 
 @functools.cache
 def chosen(device: str) -> str:
-    """Gives the implementation for a device type, and logs it the first time."""
+    """Gives the implementation for a device type, and logs it the first time; a GPU without Triton is a warning."""
     want = requested()
     name = want
     if want == "auto":
         name = "triton" if device == "cuda" and importlib.util.find_spec("triton") else "reference"
-    _logger.info("kernels on %s: %s (%s=%s)", device, name, VARIABLE, want)
+    if device == "cuda" and name == "reference" and want == "auto":
+        _logger.warning(
+            "kernels on cuda: reference, slower by far: triton is not installed (pip install 'megatron-inherit[kernels]')"
+        )
+    else:
+        _logger.info("kernels on %s: %s (%s=%s)", device, name, VARIABLE, want)
     return name
 
 

@@ -45,6 +45,16 @@ def test_auto_on_cuda_is_triton(ask):
     assert choice.chosen("cuda") == "triton"
 
 
+def test_a_gpu_without_triton_is_a_warning_unless_it_was_asked_for(ask, caplog, monkeypatch):
+    monkeypatch.setattr(choice.importlib.util, "find_spec", lambda name: None)
+    for want, level in (("auto", logging.WARNING), ("reference", logging.INFO)):
+        ask(want)
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            assert choice.chosen("cuda") == "reference"
+        assert [record.levelno for record in caplog.records] == [level]
+
+
 def test_triton_on_a_cpu_falls_back_with_one_line(ask, caplog):
     ask("triton")
     with caplog.at_level(logging.WARNING):
