@@ -44,7 +44,7 @@ def chosen(device: str) -> str:
         name = "triton" if device == "cuda" and importlib.util.find_spec("triton") else "reference"
     if device == "cuda" and name == "reference" and want == "auto":
         _logger.warning(
-            "kernels on cuda: reference, slower by far: triton is not installed (pip install 'megatron-inherit[kernels]')"
+            "kernels on cuda: reference, far slower: triton is not installed (pip install 'megatron-inherit[kernels]')"
         )
     else:
         _logger.info("kernels on %s: %s (%s=%s)", device, name, VARIABLE, want)
