@@ -229,7 +229,7 @@ def _is_absence(error: Exception) -> bool:
     Stores that may not be listed answer 403 for what they do not have.
     """
     cause = error.__cause__
-    status = getattr(cause, "status", None)
+    status = getattr(cause, "status", None) or getattr(getattr(cause, "response", None), "status_code", None)
     if not isinstance(error, FileNotFoundError):
         return False
     return status in _ABSENT if status is not None else cause is None or isinstance(cause, FileNotFoundError)
