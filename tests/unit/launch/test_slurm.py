@@ -58,6 +58,7 @@ class Site:
 
     def start(self, code: str, restarts: int = 0, output: str = "", **options) -> subprocess.Popen:
         output = output or str(self.output)
+        environ = {name: options.pop(name) for name in list(options) if name.startswith("SLURM")}
         job = SlurmJob(recipe="tiny", output=output, python=str(self.bin / "fakepython"), **options)
         script = self.output / "job.sbatch"
         script.write_text(render_sbatch(job))
@@ -68,6 +69,7 @@ class Site:
             "SLURM_JOB_ID": "41",
             "SLURM_JOB_NODELIST": "node-[a-b]",
             "SLURM_RESTART_COUNT": str(restarts),
+            **environ,
         }
         return subprocess.Popen(["bash", str(script)], env=env, stdout=subprocess.PIPE, text=True, cwd=self.root)
 
@@ -142,6 +144,13 @@ def test_the_run_gets_recipe_overrides_and_output(site):
     assert (
         site.calls / "argv"
     ).read_text() == f"-m megatron_inherit train tiny train.steps=3 run.output={site.output}\n"
+
+
+def test_the_step_asks_for_the_cores_of_the_job(site):
+    assert site.start("0", cpus_per_gpu=6).wait(20) == 0
+    assert "--cpus-per-task=6" in (site.calls / "srun").read_text().splitlines()
+    assert site.start("0", cpus_per_gpu=6, SLURM_CPUS_PER_TASK="4").wait(20) == 0  # sbatch --cpus-per-task=4 JOB
+    assert "--cpus-per-task=4" in (site.calls / "srun").read_text().splitlines()
 
 
 def test_a_folder_that_the_script_would_not_take_is_refused():
