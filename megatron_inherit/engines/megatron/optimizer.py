@@ -129,7 +129,7 @@ class Stepper:
         """Makes room for the moments of ``updates`` earlier steps."""
         self.updates = updates
         for group in self.adam.param_groups:
-            if "step" in group:  # apex and Transformer Engine count by group
+            if not isinstance(self.adam, torch.optim.AdamW):  # apex and Transformer Engine count by group
                 group["step"] = updates
             for parameter in group["params"]:
                 if not updates:
