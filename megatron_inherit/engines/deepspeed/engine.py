@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import io
 import itertools
 import time
@@ -91,6 +92,7 @@ class DeepSpeedEngine:
         config = self.config
         self._end()
         self.__dict__.clear()
+        gc.collect()  # hooks and buffers hold each other, and the old weights on the GPU, in circles
         DeepSpeedEngine.__init__(self, options, config, read, distill)
 
     def _claim_disk(self) -> nvme.OwnFolder | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import time
 from collections.abc import Iterator, Sequence
@@ -85,6 +86,7 @@ class MegatronEngine:
         """Makes the engine anew in its place, within the same processes."""
         config = self.config
         self.__dict__.clear()
+        gc.collect()  # hooks and buffers hold each other, and the old weights on the GPU, in circles
         MegatronEngine.__init__(self, options, config, read, distill)
 
     def _topology(self) -> Topology:
@@ -207,7 +209,8 @@ class MegatronEngine:
             return
         if self.stepper.updates % self.ties.guard_every_steps == 0:
             self.ties.check(self.stepper.updates)
-        if self.options.overlap_grad_reduce and not self.ties.hooks_checked:
+        counted = self.options.overlap_grad_reduce and self.core.grad_sync_func is None
+        if counted and not self.ties.hooks_checked:
             check_hook_counts(self.wrapped)
             self.ties.hooks_checked = True
 

@@ -29,6 +29,37 @@ def play(_):
     return found
 
 
+def replace(stage):
+    """Builds an engine anew and tells how many weights, masters and moments of the old one there were meanwhile."""
+    import weakref
+
+    from megatron_inherit.engines.create import create_engine
+    from megatron_inherit.engines.deepspeed import engine as module
+    from megatron_inherit.engines.deepspeed.shards import masters
+    from megatron_inherit.model.load import random_reader
+
+    options, batches = EngineOptions(zero_stage=stage), replica_batches(0, data_rank=0, data_size=1, micro_batch=1)
+    engine, build, alive = create_engine("deepspeed", options, MODELS["llama"], seed=3), module.build_chunks, []
+    engine.train_step(batches, lr=1e-3)
+    old = [weakref.ref(tensor) for tensor in (*engine.model.parameters(), *masters(engine.optimizer))]
+    old += [weakref.ref(state["exp_avg"]) for state in engine.adam.state.values()]
+
+    def look(*arguments):
+        alive.append(sum(reference() is not None for reference in old))
+        return build(*arguments)
+
+    module.build_chunks = look
+    engine.rebuild(options, random_reader(engine.config, 3))
+    return alive
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_new_engine_in_the_old_ones_place_does_not_find_its_weights_in_memory(stage):
+    pytest.importorskip("deepspeed")
+    assert run_world(1, replace, stage) == [[0]]
+
+
 @pytest.mark.nightly
 def test_gradients_of_bf16_weights_add_up_in_fp32_and_no_compiler_runs():
     pytest.importorskip("deepspeed")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import weakref
 
+import megatron.core.optimizer
 import pytest
 import torch
 
 from megatron_inherit.engines.base import EngineOptions
 from megatron_inherit.engines.create import create_engine
+from megatron_inherit.engines.megatron import engine as module
 from megatron_inherit.engines.megatron.config import model_fields
+from megatron_inherit.model.load import random_reader
 from tests.support.engine_acts import read_from, save_to
 from tests.support.engine_world import GLOBAL_BATCH, MODELS, learning_rate, replica_batches
 from tests.support.plain_loop import golden
@@ -63,6 +67,59 @@ def test_restored_run_is_bitwise_the_uninterrupted_one(options, tmp_path):
     assert other.step_count() == 2
     assert _train(other, 2, 2) == expected
     assert other.weight_hash() == engine.weight_hash()
+
+
+class CountsByGroup(torch.optim.Optimizer):
+    """AdamW that counts its steps as apex's and Transformer Engine's do: by group, from the first one on."""
+
+    def __init__(self, params, *, adam_w_mode, **more):
+        assert adam_w_mode
+        super().__init__(params, more)
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            group["step"] = group["step"] + 1 if "step" in group else 1
+            (first, second), count = group["betas"], group["step"]
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                mean = state.setdefault("exp_avg", torch.zeros_like(parameter)).lerp_(parameter.grad, 1 - first)
+                square = state.setdefault("exp_avg_sq", torch.zeros_like(parameter))
+                square.lerp_(parameter.grad.square(), 1 - second)
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                scale = (square / (1 - second**count)).sqrt().add_(group["eps"])
+                parameter.addcdiv_(mean, scale, value=-group["lr"] / (1 - first**count))
+
+
+def test_an_optimizer_that_counts_by_group_goes_on_counting(monkeypatch, tmp_path):
+    monkeypatch.setattr(megatron.core.optimizer, "USING_PYTORCH_OPTIMIZER", False)
+    monkeypatch.setattr(megatron.core.optimizer, "Adam", CountsByGroup)
+    engine, other = _engine(), _engine()
+    assert _train(engine, 0, 1)[0].loss == pytest.approx(golden("llama")[0][0], abs=1e-5)
+    save_to(tmp_path, engine)
+    expected = _train(engine, 1, 2)
+    assert expected[1].loss == pytest.approx(golden("llama")[2][0], abs=1e-5)
+    other.restore(read_from(tmp_path), step_count=1)
+    assert _train(other, 1, 2) == expected
+    other.restore(read_from(tmp_path), step_count=0)
+    assert {group["step"] for group in other.stepper.adam.param_groups} == {0}
+
+
+def test_a_new_engine_in_the_old_ones_place_does_not_find_its_weights_in_memory(monkeypatch):
+    options = EngineOptions(micro_batch=4, distributed_optimizer=True, overlap_grad_reduce=True, recompute="full")
+    engine, build, alive = create_engine("megatron", options, MODELS["llama"], seed=3), module.build_chunks, []
+    _train(engine, 0, 1)
+    old = [weakref.ref(parameter) for parameter in engine.chunks[0].parameters()]
+    old += [weakref.ref(state["exp_avg"]) for state in engine.stepper.adam.state.values()]
+
+    def look(*arguments):
+        alive.append(sum(reference() is not None for reference in old))
+        return build(*arguments)
+
+    monkeypatch.setattr(module, "build_chunks", look)
+    engine.rebuild(options, random_reader(MODELS["llama"], 3))
+    assert alive == [0]
+    assert _train(engine, 0, 1)[0].loss == pytest.approx(golden("llama")[0][0], abs=1e-5)
 
 
 def test_parts_before_the_first_step_are_weights_only(tmp_path):
