@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from megatron_inherit.sharing.tensors import FamilyReport
 
 RECORD = "family.json"
+MADE_BY = "inherit.json"
 
 
 def require_steps(auxiliary: int, tuning: int, scratch: int) -> None:
@@ -47,7 +49,8 @@ def make_family(
 ) -> None:
     """Writes a descendant of each depth, and ``family.json`` with stages, zero-shot losses and counts.
 
-    All placements are chosen before the first folder is written.
+    All placements are chosen before the first folder is written. What an interrupted command left of the same family is
+    made again.
 
     Args:
         source: A learngene, or the training checkpoint of an auxiliary.
@@ -64,19 +67,19 @@ def make_family(
     """
     folders = {depth: out / f"depth-{depth:02d}" for depth in report.depths}
     for folder in folders.values():
-        if not overwrite and (folder / "inherit.json").exists() and not (out / RECORD).exists():
-            raise UsageError(
-                f"{folder} exists already, of a family that was not finished.",
-                fix="Pass --overwrite to make the family again.",
-            )
-        refuse_existing(folder, overwrite=overwrite, source=source.path)
+        if (out / RECORD).exists() or not (folder / MADE_BY).exists():
+            refuse_existing(folder, overwrite=overwrite, source=source.path)
     chosen = {depth: choose(source, depth, place, windows) for depth in report.depths}
     plans = {depth: plan(choice.stages) for depth, choice in chosen.items()}
+    again = {depth for depth, folder in folders.items() if _left_unfinished(folder, plans[depth])}
+    for depth in sorted(folders.keys() - again):
+        refuse_existing(folders[depth], overwrite=overwrite, source=source.path)
     require_space(out, sum(made.weight_bytes for made in plans.values()))
+    (out / RECORD).unlink(missing_ok=True)  # it tells of all members or of none
     rows = []
     for depth, folder in folders.items():
         stages, loss = chosen[depth].stages, chosen[depth].loss
-        run_transfer(plans[depth], source, folder, overwrite=overwrite, quiet=True)
+        run_transfer(plans[depth], source, folder, overwrite=overwrite or depth in again, quiet=True)
         if loss is None and windows is not None:
             loss = measure(source, [stages], windows)[stages]
         rows.append({"depth": depth, "stages": stages, "loss": loss})
@@ -87,3 +90,14 @@ def make_family(
     facts = {"plan": str(require_plan(source)), "members": rows, "saving": str(report), "counts": counts}
     write_json(out / RECORD, facts)
     typer.echo(str(report))
+
+
+def _left_unfinished(folder: Path, plan: TransferPlan) -> bool:
+    """Tells whether a member is the one that would be made, of a family that never came to its record."""
+    if (folder.parent / RECORD).exists() or not (folder / MADE_BY).exists():
+        return False
+    try:
+        told = json.loads((folder / MADE_BY).read_text())
+    except ValueError:
+        return False
+    return isinstance(told, dict) and told.get("plan") == json.loads(json.dumps(plan.to_json()))

@@ -219,13 +219,11 @@ def test_a_family_that_has_no_room_is_not_begun(capsys, gene, tmp_path, monkeypa
     assert not (tmp_path / "out").exists()
 
 
-def test_a_family_that_was_interrupted_is_said_to_be(capsys, gene, tmp_path):
+def test_an_interrupted_family_goes_on_with_its_own_members_only(capsys, gene, tmp_path):
     words = ("family", gene, tmp_path / "out", "--depths", "4-5")
     assert said(capsys, *words)[0] == 0
-    assert "not finished" not in said(capsys, *words)[1]
+    assert "exists already" in said(capsys, *words)[1]
     (tmp_path / "out" / "family.json").unlink()
-    code, text = said(capsys, *words)
-    assert code == 2
-    assert "not finished" in text
-    assert "--overwrite" in text
-    assert said(capsys, *words, "--overwrite")[0] == 0
+    assert "depth-04 exists already" in said(capsys, *words, "--dtype", "bf16")[1]
+    assert said(capsys, *words)[0] == 0
+    assert (tmp_path / "out" / "family.json").exists()
