@@ -34,9 +34,11 @@ run minherit "${growth[@]}" --dry-run
 case "$LAUNCH" in
   slurm)
     run sbatch --job-name "$RECIPE" --nodes 1 --ntasks 1 --gpus-per-node "$GPUS_PER_NODE" --time "$TIME" --requeue \
+      --cpus-per-task "${CPUS:-$((8 * GPUS_PER_NODE))}" --signal B:USR1@300 \
       ${PARTITION:+--partition "$PARTITION"} ${ACCOUNT:+--account "$ACCOUNT"} --output "$WORK/growth-%j.log" \
       --wrap "exec minherit $(printf '%q ' "${growth[@]}")"
-    echo "Submitted. When $WORK/growth/student is there, run this script again with LAUNCH=done."
+    echo "Submitted. When $WORK/growth/student is there, run this script again with LAUNCH=done; if the time was too short, submit"
+    echo "it again as it is: the growth saves 300 s before its limit, and goes on."
     $dry_run || exit 0
     ;;
   here) run minherit "${growth[@]}" ;;

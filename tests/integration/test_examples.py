@@ -54,6 +54,15 @@ def test_a_dry_run_prints_every_command_and_writes_nothing(name, commands, tmp_p
     assert not (tmp_path / "work").exists()
 
 
+@pytest.mark.parametrize("name", GROW)
+def test_a_submitted_growth_has_cores_for_its_gpus_and_time_to_save(name, tmp_path):
+    done = run_example(name, "--dry-run", WORK=str(tmp_path / "work"), LAUNCH="slurm", GPUS_PER_NODE="4")
+    (job,) = (line for line in done.stdout.splitlines() if line.startswith("$ sbatch "))
+    assert "--gpus-per-node 4 " in job
+    assert "--cpus-per-task 32 " in job
+    assert "--signal B:USR1@300 " in job
+
+
 @pytest.mark.parametrize("name", [*INHERITUNE, SWS])
 def test_a_missing_teacher_is_said_before_anything_runs(name, tmp_path):
     done = run_example(name, TEACHER=str(tmp_path / "none"), WORK=str(tmp_path / "work"))
