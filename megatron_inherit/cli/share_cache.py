@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_inherit.base.errors import ConfigError, UsageError
-from megatron_inherit.distill.cache import Manifest, Method, Share, cache_key, write_cache
+from megatron_inherit.distill.cache import Manifest, Method, cache_key
+from megatron_inherit.distill.cache_writer import Share, write_cache
 
 if TYPE_CHECKING:
     from megatron_inherit.checkpoint.stream import Source
     from megatron_inherit.config.schema import RunConfig
+    from megatron_inherit.data.loader import Batch
+    from megatron_inherit.distill.targets import Targets
 
 
 def make_cache(
@@ -47,8 +51,6 @@ def make_cache(
         UsageError: Another process makes the same files.
     """
     warnings.filterwarnings("ignore", module=r"megatron\.")
-    from megatron_inherit.distill.teacher import target_predictor
-    from megatron_inherit.model.build import DTYPES
     from megatron_inherit.train.inputs import open_run_loader
     from megatron_inherit.train.objectives import teacher_of
     from megatron_inherit.train.preflight import plan_run
@@ -66,18 +68,29 @@ def make_cache(
         num_samples=count,
         shard_samples=shard_samples,
     )
-    predict = target_predictor(
+    predictor = functools.cache(lambda: _predictor(teacher, config, wanted))
+
+    def predict(batch: Batch) -> Targets:
+        return predictor()(batch)  # the model is built for the first missing shard: whoever joins shares needs none
+
+    for done in write_cache(folder, wanted, loader.batch, predict, share):
+        tell(f"{done} samples of share {share.index}/{share.of}" if share.of > 1 else f"{done} of {count} samples")
+    return count
+
+
+def _predictor(teacher: Source, config: RunConfig, wanted: Manifest) -> Callable[[Batch], Targets]:
+    from megatron_inherit.distill.teacher import target_predictor
+    from megatron_inherit.model.build import DTYPES
+
+    return target_predictor(
         teacher,
-        method=method,
-        entries=entries,
+        method=wanted.method,
+        entries=wanted.entries,
         temperature=config.distill.temperature,
         micro_batch=config.train.micro_batch,
         dtype=DTYPES[config.train.dtype],
         seed=config.run.seed,
     )
-    for done in write_cache(folder, wanted, loader.batch, predict, share):
-        tell(f"{done} samples of share {share.index}/{share.of}" if share.of > 1 else f"{done} of {count} samples")
-    return count
 
 
 def share_of(text: str) -> Share:

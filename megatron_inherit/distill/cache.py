@@ -6,10 +6,9 @@ data order and one temperature, and the manifest says which.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,20 +17,17 @@ import numpy as np
 
 from megatron_inherit.base import atomic
 from megatron_inherit.base.errors import DataError
-from megatron_inherit.base.temporary import lock, refuse_second_writer
+from megatron_inherit.distill.targets import Targets
 
 if TYPE_CHECKING:
-    import torch
     import xxhash
 
     from megatron_inherit.checkpoint.stream import Source
-    from megatron_inherit.data.loader import Batch, Loader
+    from megatron_inherit.data.loader import Loader
 
 Method = Literal["top", "draw"]
 MANIFEST = "manifest.json"
 VERSION = 3
-UNDRAWN = -30.0
-"""Log-probability stored for a place that no draw filled: too little to matter, and finite."""
 SAMPLED = 32
 """Largest edge of the boxes whose values identify a teacher's tensor."""
 
@@ -155,159 +151,12 @@ def shard_path(folder: Path, index: int) -> Path:
     return Path(folder) / f"targets-{index:06d}.safetensors"
 
 
-Targets = tuple[np.ndarray, np.ndarray]
-"""ids int and log-probabilities float, both [samples, sequence, entries]."""
-
-
-def top_targets(logits: torch.Tensor, entries: int, *, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Takes the most probable tokens, most probable first.
-
-    Args:
-        logits: [..., V] of the teacher.
-        entries: How many.
-        temperature: Divides the logits.
-
-    Returns:
-        ids int64 and log-probabilities, both [..., entries].
-    """
-    import torch
-
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    found = torch.log_softmax(wide / temperature, dim=-1).topk(entries, dim=-1)
-    return found.indices, found.values
-
-
-def draw_targets(
-    logits: torch.Tensor, entries: int, *, temperature: float, generator: torch.Generator | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draws tokens with replacement; those that come up twice share one place, so that some places stay empty.
-
-    The gradient of the divergence from the draws' shares is that of the full forward KL on average, which the most
-    probable tokens alone, renormalised, would not give.
-
-    Args:
-        logits: [rows, V] of the teacher.
-        entries: Draws a row.
-        temperature: Divides the logits.
-        generator: Where the randomness comes from.
-
-    Returns:
-        ids int64, no id twice in a row, and the logarithms of their shares, both [rows, entries].
-    """
-    import torch
-
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    p = torch.softmax(wide / temperature, dim=-1)
-    draws = torch.multinomial(p, entries, replacement=True, generator=generator)
-    counts = torch.zeros_like(p).scatter_add_(-1, draws, torch.ones_like(draws, dtype=p.dtype))
-    found = counts.topk(entries, dim=-1)
-    shares = (found.values / entries).log()
-    return found.indices, shares.clamp(min=UNDRAWN)
-
-
-def ghost_of(log_probs: torch.Tensor) -> torch.Tensor:
-    """Gives the logarithm of the probability outside the stored tokens, [...] for [..., entries]."""
-    import torch
-
-    inside = log_probs.exp().sum(dim=-1)
-    return torch.log1p(-inside.clamp(max=1.0))
-
-
-@dataclass(frozen=True)
-class Share:
-    """Which shards one of several writers makes: every ``of``-th, from ``index`` on.
-
-    Attributes:
-        index: Of this writer, from 0.
-        of: Writers.
-    """
-
-    index: int = 0
-    of: int = 1
-
-    @property
-    def manifest(self) -> str:
-        """Name of the file in which this writer keeps what it has made."""
-        return MANIFEST if self.of == 1 else f"manifest-{self.index}-of-{self.of}.json"
-
-
-def write_cache(
-    folder: Path,
-    wanted: Manifest,
-    batch: Callable[[int, int], Batch],
-    predict: Callable[[Batch], Targets],
-    share: Share = Share(),
-) -> Iterator[int]:
-    """Writes missing and damaged shards one by one and yields the number of samples of the share done after each.
-
-    Several writers fill one folder side by side, each with its share; a writer of everything then joins what they made.
-
-    Args:
-        folder: Output; a cache of the same key that was interrupted is continued.
-        wanted: Key and sizes.
-        batch: The loader's ``batch(start, count)``.
-        predict: Gives the teacher's targets of a batch.
-        share: Which shards are this writer's.
-
-    Raises:
-        DataError: The folder holds another cache.
-        UsageError: Another process writes the same share or everything, or, for a writer of everything, any share.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as held:
-        _hold(held, folder, share)
-        known = _begun(folder, wanted)
-        own = {index: digest for index, digest in known.items() if share.of == 1 or index % share.of == share.index}
-        done = 0
-        for index in range(share.index, wanted.num_shards, share.of):
-            start = index * wanted.shard_samples
-            count = min(wanted.shard_samples, wanted.num_samples - start)
-            done += count
-            if index in own and _read_whole(shard_path(folder, index), own[index]):
-                continue
-            own[index] = _write_shard(shard_path(folder, index), predict(batch(start, count)), wanted.key.vocab_size)
-            dataclasses.replace(wanted, shards=own).save(folder / share.manifest)
-            yield done
-        dataclasses.replace(wanted, shards=dict(sorted(own.items()))).save(folder / share.manifest)
-        if share.of == 1:
-            for path in _manifests(folder):
-                if path.name != MANIFEST:
-                    path.unlink()
-                    _lock_of(path).unlink(missing_ok=True)
-
-
-def _hold(held: contextlib.ExitStack, folder: Path, share: Share) -> None:
-    """Locks a folder as long as the stack lasts: against all for a writer of everything, else against that one.
-
-    A share is locked besides, against its like.
-    """
-    several = share.of > 1
-    for name, shared in ((MANIFEST, several), *([(share.manifest, False)] if several else [])):
-        file = held.enter_context(_lock_of(folder / name).open("a+"))
-        if not lock(file, shared=shared):
-            raise refuse_second_writer(folder / name)
-
-
-def _lock_of(manifest: Path) -> Path:
-    return manifest.with_name(f".{manifest.stem}.lock")
-
-
-def _manifests(folder: Path) -> list[Path]:
+def manifests_of(folder: Path) -> list[Path]:
+    """Lists the manifests of a folder: the whole cache's, and those of shares that nobody has joined."""
     return sorted(folder.glob("manifest*.json"))
 
 
-def _begun(folder: Path, wanted: Manifest) -> dict[int, str]:
-    """Gives the hashes of all shards that any writer has made, and refuses a folder of another cache."""
-    found: dict[int, str] = {}
-    for path in _manifests(folder):
-        manifest = Manifest.load(path)
-        _require_equal(dataclasses.replace(manifest, shards={}), dataclasses.replace(wanted, shards={}), folder)
-        found |= manifest.shards
-    return found
-
-
-def _read_whole(path: Path, digest: str) -> bytes:
+def read_whole(path: Path, digest: str) -> bytes:
     """Reads a shard; gives nothing where it is not there or not what was written."""
     import xxhash
 
@@ -315,18 +164,8 @@ def _read_whole(path: Path, digest: str) -> bytes:
     return data if xxhash.xxh3_64_hexdigest(data) == digest else b""
 
 
-def _write_shard(path: Path, targets: Targets, vocab_size: int) -> str:
-    import xxhash
-    from safetensors.numpy import save
-
-    ids, log_probs = targets
-    narrow = np.uint16 if vocab_size <= 1 << 16 else np.int32
-    data = save({"ids": ids.astype(narrow), "log_probs": log_probs.astype(np.float16)})
-    atomic.write_bytes(path, data)
-    return xxhash.xxh3_64_hexdigest(data)
-
-
-def _require_equal(got: Manifest, wanted: Manifest, folder: Path) -> None:
+def require_equal(got: Manifest, wanted: Manifest, folder: Path) -> None:
+    """Raises DataError, and names it, where a cache differs from what is wanted of it."""
     pairs = {**dataclasses.asdict(wanted), **dataclasses.asdict(wanted.key)}
     found = {**dataclasses.asdict(got), **dataclasses.asdict(got.key)}
     for name, value in pairs.items():
@@ -353,13 +192,13 @@ class CachedTargets:
     def __init__(self, folder: Path, key: CacheKey) -> None:
         self.folder = Path(folder)
         if not (self.folder / MANIFEST).is_file():
-            shares = len(_manifests(self.folder))
+            shares = len(manifests_of(self.folder))
             raise DataError(
                 f"{folder} holds no cached targets{f', but {shares} shares of some' if shares else ''}.",
                 fix="Make them with 'minherit share cache'; without --share it joins shares.",
             )
         self.manifest = Manifest.load(self.folder / MANIFEST)
-        _require_equal(self.manifest, dataclasses.replace(self.manifest, key=key), self.folder)
+        require_equal(self.manifest, dataclasses.replace(self.manifest, key=key), self.folder)
         if not self.manifest.complete:
             raise DataError(
                 f"The cached targets in {folder} are not complete.",
@@ -392,7 +231,7 @@ class CachedTargets:
             from safetensors.numpy import load
 
             path = shard_path(self.folder, index)
-            data = _read_whole(path, self.manifest.shards[index])
+            data = read_whole(path, self.manifest.shards[index])
             if not data:
                 raise _damaged(path)
             while len(self._open) >= 2:

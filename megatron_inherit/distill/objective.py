@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from megatron_inherit.base.errors import ConfigError
-from megatron_inherit.distill.cache import CachedTargets, ghost_of
+from megatron_inherit.distill.cache import CachedTargets
 from megatron_inherit.distill.losses import Mix, hidden_distance, hidden_pairs
+from megatron_inherit.distill.targets import ghost_of
 from megatron_inherit.distill.teacher import layers_at
 from megatron_inherit.kernels.dispatch import linear_cross_entropy, linear_kl, linear_topk_kl
 from megatron_inherit.model.language_model import IGNORED

@@ -11,7 +11,8 @@ import torch
 
 from megatron_inherit.arch.model_config import ModelConfig
 from megatron_inherit.base.errors import ConfigError
-from megatron_inherit.distill.cache import Method, Targets, draw_targets, top_targets
+from megatron_inherit.distill.cache import Method
+from megatron_inherit.distill.targets import Targets, draw_targets, top_targets
 from megatron_inherit.model.build import DecoderConfig, Parallel, build_chunks, build_single, decoder_config
 from megatron_inherit.model.load import load_chunk, source_reader
 from megatron_inherit.sharing.partition import Partition
@@ -127,7 +128,7 @@ def layers_at(chunks: Sequence[LanguageModel]) -> dict[int, torch.nn.Module]:
 def target_predictor(
     source: Source, *, method: Method, entries: int, temperature: float, micro_batch: int, dtype: torch.dtype, seed: int
 ) -> Callable[[Batch], Targets]:
-    """Builds a whole teacher in this process and gives what ``cache.write_cache`` asks for.
+    """Builds a whole teacher in this process and gives what ``cache_writer.write_cache`` asks for.
 
     Args:
         source: The teacher.

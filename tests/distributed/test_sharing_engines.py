@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from megatron_inherit.distill.cache import CacheKey, Manifest, write_cache
+from megatron_inherit.distill.cache import CacheKey, Manifest
+from megatron_inherit.distill.cache_writer import write_cache
 from megatron_inherit.inherit.inheritune import plan_fresh
 from megatron_inherit.plan.execute import execute
 from tests.support.engine_world import GLOBAL_BATCH, MODELS, SEQUENCE, VOCAB, run_world

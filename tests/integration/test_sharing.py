@@ -170,7 +170,7 @@ def test_cached_targets_teach_as_the_teacher_does(work, trained, capsys):
     assert not (work / "other" / "metrics.jsonl").exists() or not rows(work, "other"), "before the first step"
 
 
-def test_a_cache_is_made_by_one_process_whatever_pipeline_trains_with_it(work, trained, capsys):
+def test_a_cache_is_the_same_whatever_pipeline_trains_with_it_and_whoever_makes_it(work, trained, capsys, monkeypatch):
     piped = recipe(work, "piped")
     words = ["--entries", "2", "--samples", "5", "--shard-samples", "5"]
     assert main(["share", "cache", piped, str(work / "alone"), *words]) == 0
@@ -179,9 +179,12 @@ def test_a_cache_is_made_by_one_process_whatever_pipeline_trains_with_it(work, t
     assert files[0] == files[1]
     capsys.readouterr()
     words[-1] = "2"
-    for share in (["--share", "1/2"], ["--share", "0/2"], []):
-        assert main(["share", "cache", piped, str(work / "joined"), *words, *share]) == 0
+    for share in ("1/2", "0/2"):
+        assert main(["share", "cache", piped, str(work / "joined"), *words, "--share", share]) == 0
     assert "share 0/2 is finished" in capsys.readouterr().out
+    with monkeypatch.context() as patched:
+        patched.delattr("megatron_inherit.distill.teacher.build_single")  # whoever joins builds no teacher
+        assert main(["share", "cache", piped, str(work / "joined"), *words]) == 0
     assert main(["share", "cache", piped, str(work / "whole"), *words]) == 0
     for path in (work / "whole").iterdir():
         assert (work / "joined" / path.name).read_bytes() == path.read_bytes(), path.name

@@ -13,15 +13,8 @@ from safetensors.numpy import load_file, save_file
 from megatron_inherit.arch.presets import preset
 from megatron_inherit.base.errors import DataError, UsageError
 from megatron_inherit.checkpoint.detect import open_source
-from megatron_inherit.distill.cache import (
-    CachedTargets,
-    CacheKey,
-    Manifest,
-    Share,
-    shard_path,
-    teacher_fingerprint,
-    write_cache,
-)
+from megatron_inherit.distill.cache import CachedTargets, CacheKey, Manifest, shard_path, teacher_fingerprint
+from megatron_inherit.distill.cache_writer import Share, write_cache
 from megatron_inherit.inherit.inheritune import plan_fresh
 from megatron_inherit.plan.execute import execute
 

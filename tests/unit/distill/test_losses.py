@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from megatron_inherit.base.errors import ConfigError
-from megatron_inherit.distill.cache import draw_targets, ghost_of, top_targets
 from megatron_inherit.distill.losses import Mix, hidden_distance, hidden_pairs, require_pairs_on_one_rank, stage_ends
+from megatron_inherit.distill.targets import draw_targets, ghost_of, top_targets
 from megatron_inherit.kernels.dispatch import linear_kl, linear_topk_kl
 from megatron_inherit.sharing.partition import Partition, partition
 from megatron_inherit.sharing.stage_plan import contiguous, cycle, unshared
