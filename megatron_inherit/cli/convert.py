@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -43,19 +43,12 @@ def convert(
     from megatron_inherit.plan.convert import plan_conversion
     from megatron_inherit.plan.plan import Layout
 
-    keep = refuse_ignored(format, tp=tp, pp=pp, vpp=vpp, optimizer=optimizer)
+    cut: dict[str, Any] = {"tp": tp, "pp": pp, "vpp": vpp, "dialect": dialect, "vocab_multiple": vocab_multiple}
+    cut["iteration"] = iteration
+    keep = refuse_ignored(format, max_shard_size=max_shard_size, optimizer=optimizer, **cut)
     if not dry_run:
         refuse_existing(destination, overwrite=overwrite, source=source)
-    layout = Layout(
-        format=format,
-        tp=tp,
-        pp=pp,
-        vpp=vpp,
-        vocab_multiple=vocab_multiple,
-        max_shard_bytes=parse_bytes(max_shard_size),
-        dialect=dialect,
-        iteration=iteration,
-    )
+    layout = Layout(format=format, max_shard_bytes=parse_bytes(max_shard_size), **cut)
     with open_source(source) as opened:
         plan = plan_conversion(opened, layout=layout, dtype=parse_dtype(dtype) if dtype else None, optimizer=keep)
         run_transfer(

@@ -92,12 +92,12 @@ def inherit(
     from megatron_inherit.inherit.select import parse_roles
     from megatron_inherit.plan.plan import Layout
 
-    keep = refuse_ignored(format, tp=tp, pp=pp, vpp=vpp, optimizer=optimizer)
+    cut: dict[str, Any] = {"tp": tp, "pp": pp, "vpp": vpp, "dialect": dialect, "vocab_multiple": vocab_multiple}
+    keep = refuse_ignored(format, max_shard_size=max_shard_size, optimizer=optimizer, **cut)
     if not dry_run:
         refuse_existing(student, overwrite=overwrite, source=teacher)
     roles = parse_roles(reset or ())
-    cut: dict[str, Any] = {"tp": tp, "pp": pp, "vpp": vpp, "vocab_multiple": vocab_multiple}
-    layout = Layout(format=format, dialect=dialect, max_shard_bytes=parse_bytes(max_shard_size), **cut)
+    layout = Layout(format=format, max_shard_bytes=parse_bytes(max_shard_size), **cut)
     source, config = open_teacher(teacher, everything_fresh=len(roles) == 7)
     foreseen = foresee_layers(layers, config)
     if repair:
@@ -128,10 +128,13 @@ def _plan(
     layout: Layout,
     optimizer: bool,
 ) -> TransferPlan:
+    from megatron_inherit.base.errors import UsageError
     from megatron_inherit.checkpoint.dtypes import parse_dtype
     from megatron_inherit.inherit.inheritune import plan_fresh, plan_inheritance
 
     type_ = parse_dtype(dtype) if dtype else None
+    if source is None and optimizer:
+        raise UsageError("A shape without weights has no optimizer state.", fix="Leave --optimizer keep out.")
     if source is None:
         return plan_fresh(config.with_layers(len(layers)), seed=seed, dtype=type_ or "F32", layout=layout)
     return plan_inheritance(

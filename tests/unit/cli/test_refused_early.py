@@ -65,3 +65,10 @@ def test_the_choice_is_looked_at_first(teacher, tmp_path, capsys, words, code, m
     assert main(["inherit", str(teacher), str(tmp_path / "s"), "--layers", *words]) == code
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_shape_has_no_optimizer_state(tmp_path, capsys):
+    words = ["--layers", "all", "--reset", "all", "--format", "torch_dist", "--optimizer", "keep"]
+    assert main(["inherit", "llama-tiny", str(tmp_path / "s"), *words]) == 2
+    assert "no optimizer state" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
