@@ -12,6 +12,7 @@ format:
 	.venv/bin/ruff format . && .venv/bin/ruff check --fix .
 
 docs:
+	bash tools/setup.sh docs
 	.venv/bin/mkdocs build --strict
 
 images:
