@@ -1,9 +1,11 @@
 """The benchmark scripts go their whole way at toy size on any machine."""
 
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,6 +38,20 @@ def test_every_kernel_and_rival_is_measured_at_toy_size():
     assert done.returncode == 0, done.stdout + done.stderr
     for name in ("rms_norm", "add_rms_norm", "add_layer_norm", "rope_qkv", "swiglu", "bias_gelu", "linear_kl"):
         assert f"{name} " in done.stdout
+
+
+@pytest.mark.parametrize(("measured", "code"), [(["ours", "eager"], 0), (["eager"], 1)])
+def test_a_kernel_of_ours_that_was_not_measured_is_no_success(monkeypatch, capsys, measured, code):
+    spec = importlib.util.spec_from_file_location("kernels", ROOT / "benchmarks" / "kernels.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(script, "CUDA", True)
+    monkeypatch.setattr(script, "write", lambda rows: None)
+    monkeypatch.setattr(script, "operations_of", lambda *_, **__: [SimpleNamespace(name="swiglu")])
+    monkeypatch.setattr(script, "measure", lambda operation: ({"implementation": name} for name in measured))
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--shapes", "7b"])
+    assert script.main() == code
+    assert ("Ours was not measured: swiglu." in capsys.readouterr().out) == bool(code)
 
 
 @pytest.mark.slow
