@@ -24,6 +24,7 @@ from megatron_inherit.checkpoint.formats.adam import adam_of_config, adam_settin
 from megatron_inherit.checkpoint.formats.bind import bind_pieces, in_order
 from megatron_inherit.checkpoint.formats.ds_model import find_config, find_rows, tied_names
 from megatron_inherit.checkpoint.formats.ds_universal import KINDS, read_number
+from megatron_inherit.checkpoint.formats.megatron_folder import missing_folder
 from megatron_inherit.checkpoint.formats.megatron_names import IGNORED
 from megatron_inherit.checkpoint.formats.pickle_machine import Opaque
 from megatron_inherit.checkpoint.formats.pickle_reader import read_torch
@@ -94,6 +95,8 @@ def _find_folder(path: Path) -> Path | None:
     tracker = path / "latest"
     if tracker.is_file():
         path = path / tracker.read_text()[:256].strip()
+        if not path.is_dir():
+            raise missing_folder(tracker, path)
     return path if path.is_dir() and any(_OPTIMIZER.fullmatch(entry.name) for entry in path.iterdir()) else None
 
 

@@ -19,7 +19,7 @@ def iteration_folder(path: Path) -> Path:
     """Gives the folder the tracker names, or the path itself where there is no tracker.
 
     Raises:
-        CheckpointError: The tracker holds neither a number nor ``release``.
+        CheckpointError: The tracker holds neither a number nor ``release``, or its folder is missing.
     """
     tracker = path / TRACKER
     if not tracker.is_file():
@@ -27,7 +27,20 @@ def iteration_folder(path: Path) -> Path:
     text = tracker.read_text(errors="replace")[:64].strip()
     if text != "release" and not text.isdecimal():
         raise CheckpointError(f"{tracker} holds no iteration.", got=repr(text), expected="a number or release")
-    return path / (text if text == "release" else f"iter_{int(text):07d}")
+    folder = path / (text if text == "release" else f"iter_{int(text):07d}")
+    if not folder.is_dir():
+        raise missing_folder(tracker, folder)
+    return folder
+
+
+def missing_folder(tracker: Path, folder: Path) -> CheckpointError:
+    """Says that a tracker names a folder that is not there."""
+    others = sorted(entry.name for entry in tracker.parent.iterdir() if entry.is_dir())
+    return CheckpointError(
+        f"{tracker} names {folder.name}, which is missing.",
+        got=", ".join(others[:8]) or "no folder",
+        fix="Copy that folder too, or give the path of another one.",
+    )
 
 
 def write_tracker(root: Path, iteration: int) -> None:
