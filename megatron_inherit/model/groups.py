@@ -50,6 +50,7 @@ def start_processes(*, timeout_s: float = 600.0) -> torch.device:
             f"{', '.join(present)} set by a launcher, but not {missing}.",
             fix="Start with torchrun, deepspeed or srun torchrun.",
         )
+    _timeout[:] = [timeout]
     return device
 
 
@@ -90,6 +91,8 @@ def make_groups(*, tp: int = 1, pp: int = 1, vpp: int = 1, cp: int = 1) -> Proce
 
 _kept: dict[tuple[str, tuple[int, ...]], dist.ProcessGroup] = {}
 _kept_of: list[dist.ProcessGroup | None] = []
+_timeout: list[datetime.timedelta] = []
+"""With which the processes were joined; neither torch nor Megatron-Core gives it to further groups."""
 
 
 def group_of(
@@ -104,14 +107,14 @@ def group_of(
     Args:
         ranks: Ranks of the job.
         purpose: Groups of NCCL that may talk at the same time have purposes of their own.
-        make: Makes it from ``ranks``.
+        make: Makes it from ``ranks`` and ``timeout``, that of all groups.
     """
     if _kept_of != [dist.group.WORLD]:
         _kept.clear()
         _kept_of[:] = [dist.group.WORLD]
     key = purpose if torch.cuda.is_available() else "", tuple(ranks)
     if key not in _kept:
-        _kept[key] = make(list(ranks))
+        _kept[key] = make(list(ranks), timeout=_timeout[0] if _timeout else None)
     return _kept[key]
 
 
@@ -135,6 +138,7 @@ def leave_processes() -> None:
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     _kept.clear()
+    _timeout.clear()
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()

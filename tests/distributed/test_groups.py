@@ -93,3 +93,25 @@ def test_groups_of_different_purposes_stay_apart_and_are_kept(tmp_path):
     assert first > 10
     assert again == [first, first]
     assert (same, total) == (False, 2.0)
+
+
+def tell_timeouts(folder):
+    """Writes after how many seconds collectives of the model's groups are given up."""
+    import torch
+
+    from megatron_inherit.model import groups
+
+    groups.start_processes(timeout_s=77.0)
+    made = groups.make_groups(tp=2)
+    found = [made.tp, made.dp, made.mp, made.pp, made.dp_cp, groups.group_of([0, 1], "shared stage")]
+    seconds = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in found]
+    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(seconds))
+    groups.leave_processes()
+    return 0
+
+
+def test_every_group_has_the_timeout_of_the_run(tmp_path):
+    forked_world.preload()
+    ended = forked_world.World(tmp_path, 2, lambda: tell_timeouts(tmp_path), {}).wait()
+    assert ended.codes == [0, 0], ended.text
+    assert json.loads((tmp_path / "1.json").read_text()) == [77.0] * 6
