@@ -65,7 +65,8 @@ class DataSection(Section):
     Attributes:
         path: Folder of a subset or of tokens, or prefix of a Megatron ``.bin/.idx`` pair.
         split: ``train``, ``valid`` or ``test`` of a subset; ``all`` for tokens that have no splits.
-        epochs: Passes over the data, each in an order of its own; a run that needs more is refused. 0: no limit.
+        epochs: Passes over the data, each in an order of its own; a run that needs more is refused, but for what
+            the last step of a token budget lacks. 0: no limit.
         seed: Of the sample order; default ``run.seed``.
         shuffle: False gives the samples in stored order.
         boundary: Documents in one sample see each other (``packed``), are kept apart by attention and positions

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from megatron_inherit.base.errors import DataError
+from megatron_inherit.base.log import get_logger
 from megatron_inherit.checkpoint.files import file_pool
 from megatron_inherit.checkpoint.stream import SideFile
 from megatron_inherit.data.loader import Loader, LoaderOptions, open_loader
@@ -13,6 +14,8 @@ from megatron_inherit.data.windows import EvalWindows
 from megatron_inherit.train.preflight import RunPlan
 from megatron_inherit.train.resume import Identity
 from megatron_inherit.train.tokenizers import warn_of_other_tokenizers
+
+logger = get_logger(__name__)
 
 
 def open_data(plan: RunPlan, rank: int) -> tuple[Loader, EvalWindows | None]:
@@ -38,6 +41,9 @@ def open_data(plan: RunPlan, rank: int) -> tuple[Loader, EvalWindows | None]:
 def open_run_loader(plan: RunPlan, rank: int) -> Loader:
     """Opens the samples of a run; rank 0 verifies the files.
 
+    A budget of all tokens of the data (50B of a subset of 50B) is no whole number of steps, and each pass ends with
+    less than a sequence: the samples that the last step lacks come from one pass more.
+
     Raises:
         DataError: They are missing or damaged.
     """
@@ -57,6 +63,10 @@ def open_run_loader(plan: RunPlan, rank: int) -> Loader:
     )
     if rank == 0:
         warn_of_other_tokenizers(plan, loader.stream.tokenizer)
+    rest = plan.total_samples - loader.num_samples
+    if train.budget is not None and 0 < rest <= plan.batches.full + data.epochs:
+        loader.num_samples = plan.total_samples
+        logger.info("The last step of train.budget reads %d samples again.", rest)
     return loader
 
 

@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from megatron_inherit.config import load
+from megatron_inherit.data.indexed import IndexedFile
 from megatron_inherit.train import inputs
 from tests.support import forked_world, tiny_run
 
@@ -108,3 +109,19 @@ def test_other_evaluation_windows_of_one_run_are_told(tmp_path):
     ended = forked_world.run(tmp_path / "third", words)
     assert ended.codes == [75], ended.text
     assert "validation losses up to step 4 and after it cannot be compared" in ended.text
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_a_budget_of_all_tokens_of_the_data_is_met(tmp_path, epochs):
+    forked_world.preload()
+    corpus = tiny_run.write_corpus(tmp_path / "corpus", documents=12)
+    tokens = IndexedFile(corpus / "corpus").num_tokens
+    words = ["train", tiny_run.recipe(tmp_path, corpus), "train.steps=null", f"data.epochs={epochs}"]
+    ended = forked_world.run(tmp_path / "all", [*words, f"train.budget={epochs * tokens}"])
+    assert ended.codes == [0], ended.text
+    last = tiny_run.rows(tmp_path / "run")[-1]
+    assert 0 <= last["tokens"] - epochs * tokens < 8 * tiny_run.LENGTH
+    more = epochs * tokens + 12 * 8 * tiny_run.LENGTH
+    ended = forked_world.run(tmp_path / "more", [*words, f"train.budget={more}", f"run.output={tmp_path / 'more'}"])
+    assert ended.codes == [4], ended.text
+    assert "too few tokens" in ended.text
