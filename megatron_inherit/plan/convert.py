@@ -115,7 +115,7 @@ def optimizer_ops(sources: Mapping[str, str], source: Source) -> list[Copy]:
 
     Raises:
         PlanError: The source has no optimizer state.
-        CheckpointError: It has, in a layout that cannot be taken apart.
+        CheckpointError: It has, in a layout that cannot be taken apart, or of other parameters than the weights.
     """
     kinds = sorted({key.partition(":")[0] for key in source.optimizer})
     if not kinds and source.details.get("optimizer_note"):
@@ -127,6 +127,11 @@ def optimizer_ops(sources: Mapping[str, str], source: Source) -> list[Copy]:
         raise PlanError(
             f"{source.path} ({source.format}) has no optimizer state that can be taken along.",
             fix="Leave --optimizer keep out, or give a DeepSpeed or Megatron checkpoint that has it.",
+        )
+    if source.own:
+        raise CheckpointError(
+            f"The optimizer state of {source.path} is of shared stages and of what layers have beside them.",
+            fix="Leave --optimizer keep out: the weights of a layer are both folded together, which have no moments.",
         )
     missing = sorted({"exp_avg", "exp_avg_sq"} - set(kinds))
     if missing:

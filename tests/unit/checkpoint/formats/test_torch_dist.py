@@ -271,6 +271,15 @@ class TestOptimizer:
         with open_source(str(tmp_path / "core")) as source:
             assert plan_conversion(source, layout=Layout(format="ds_universal"), optimizer=True).layout.iteration == 7
 
+    def test_state_of_other_parameters_is_refused(self, universal):
+        """Where layers have something of their own, masters and moments are those of what is folded together."""
+        with detect.open_source(universal) as source:
+            own = {"sws.layers.0.gate.attn": source.tensors["final_norm.weight"]}
+            folded = dataclasses.replace(source, own=own)
+            assert plan_conversion(folded)
+            with pytest.raises(CheckpointError, match="shared stages and of what layers have beside them"):
+                plan_conversion(folded, layout=Layout(format="ds_universal"), optimizer=True)
+
     @pytest.mark.parametrize("format", ["hf", "meta", "megatron"])
     def test_formats_of_weights_alone_are_refused(self, universal, tmp_path, format, capsys):
         words = ["convert", str(universal), str(tmp_path / "out"), "--format", format, "--optimizer", "keep"]
