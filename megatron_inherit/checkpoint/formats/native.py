@@ -201,12 +201,12 @@ def open_source(path: str | Path) -> Source:
     """
     folder = _find(Path(path)) or Path(path)
     manifest = read_manifest(folder)
-    for name, expected in manifest["files"].items():
-        if not name.endswith(".safetensors"):
-            _verify_file(folder / name, expected)
-    state = read_json(folder / STATE)
+    files = manifest["files"]
+    for name in (name for name in files if name.startswith(f"{SIDE}/")):
+        _verify_file(folder / name, files[name])
+    state = read_json(folder / STATE, files.get(STATE))
     pool = FilePool()
-    stored, identity, parts = _read_ranks(pool, folder, manifest["world_size"])
+    stored, identity, parts = _read_ranks(pool, folder, manifest["world_size"], files)
     checksums = Checksums(parts)
     config = ModelConfig.from_json(state["model"])
     details = {key: value for key, value in manifest.items() if key not in ("files", "format")}
@@ -236,7 +236,7 @@ def open_source(path: str | Path) -> Source:
 
 
 def _read_ranks(
-    pool: FilePool, folder: Path, world_size: int
+    pool: FilePool, folder: Path, world_size: int, files: Mapping[str, Any]
 ) -> tuple[dict[str, StoredTensor], dict[str, str], list[Part]]:
     """Puts the parts of all ranks together: tensors by ``NAME`` or ``KIND:NAME``, what identifies the files, hashes."""
     pieces: dict[str, list[Piece]] = {}
@@ -244,7 +244,8 @@ def _read_ranks(
     kinds: dict[str, tuple[tuple[int, ...], str]] = {}
     identity = {MANIFEST: _hash_of(folder / MANIFEST)["xxh3"]}
     for rank in range(world_size):
-        record = read_json(folder / f"rank_{rank:05d}.json")
+        name = f"rank_{rank:05d}.json"
+        record = read_json(folder / name, files.get(name))
         extents, identity[record["file"]] = read_header(pool, str(folder / record["file"]))
         for part in record["parts"]:
             if part["kind"] == "extra":
@@ -286,16 +287,23 @@ def read_extras(folder: Path, rank: int) -> dict[str, np.ndarray]:
         pool.close()
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, expected: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Reads a JSON object of a checkpoint.
 
+    Args:
+        path: The file.
+        expected: Its entry in the manifest, to be compared with.
+
     Raises:
-        CheckpointError: The file is missing, too large or not a JSON object.
+        CheckpointError: The file is missing, too large, changed or not a JSON object.
     """
     try:
         if path.stat().st_size > LARGEST_JSON:
             raise CheckpointError(f"{path} is too large.", got=f"{path.stat().st_size} bytes")
-        value = json.loads(path.read_text())
+        data = path.read_bytes()
+        if expected is not None and xxhash.xxh3_64_hexdigest(data) != expected["xxh3"]:
+            _verify_file(path, expected)
+        value = json.loads(data)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.", fix="Take an older checkpoint.") from error
     except (ValueError, RecursionError) as error:
