@@ -34,10 +34,14 @@ class GradientEdits:
         model: The whole model, or under ZeRO-3 this rank's partition of it.
         options: The engine's.
         replicas: Ranks that share out gradients.
+        device: Of the gradients; partitions of weights may lie in host memory.
     """
 
-    def __init__(self, model: LanguageModel, options: EngineOptions, replicas: dist.ProcessGroup) -> None:
+    def __init__(
+        self, model: LanguageModel, options: EngineOptions, replicas: dist.ProcessGroup, device: torch.device
+    ) -> None:
         self.tie, self.replicas, self._cut = options.soft_tie, replicas, options.zero_stage == 3
+        self._device = device
         self._weight = 0.0
         self._groups: list[Any] = [] if self.tie is None else stage_groups([model], self.tie.plan)
         kept = matrices(model) if options.keep_zeros else ()
@@ -92,7 +96,9 @@ class GradientEdits:
         return squares
 
     def _values(self, parameter: Any) -> torch.Tensor:
-        return parameter.ds_tensor.data.view(-1)[: self._count(parameter)] if self._cut else parameter.detach()
+        if not self._cut:
+            return parameter.detach()
+        return parameter.ds_tensor.data.view(-1)[: self._count(parameter)].to(self._device)
 
     def _count(self, parameter: Any) -> int:
         low, high = partition_bounds(parameter, parameter.ds_numel, self.replicas.rank())

@@ -78,7 +78,7 @@ class DeepSpeedEngine:
         self._fill(read)
         self._sum_over_tensor_ranks()
         edited = options.soft_tie is not None or options.keep_zeros
-        self.edits = GradientEdits(self.model, options, groups.dp) if edited else None
+        self.edits = GradientEdits(self.model, options, groups.dp, self.device) if edited else None
         self.objective = None if distill is None else self._objective(distill)
         self.once = OneGradient(self.model) if options.sharing is not None else None
         self.adam = self._adam()

@@ -75,3 +75,17 @@ def test_buckets_are_not_larger_than_the_model(parameters, elements):
 
     zero = deepspeed_config(EngineOptions(zero_stage=2), replicas=2, parameters=parameters)["zero_optimization"]
     assert (zero["reduce_bucket_size"], zero["allgather_bucket_size"]) == (elements, elements)
+
+
+@pytest.mark.slow
+def test_gradients_are_changed_where_they_are_and_not_where_offloaded_weights_lie():
+    torch = pytest.importorskip("torch")
+    from types import SimpleNamespace
+
+    from megatron_inherit.engines.deepspeed.edits import GradientEdits
+
+    gradients = torch.device("meta")  # stands for a GPU: what is on it and what is not cannot be mixed
+    weights = SimpleNamespace(ds_tensor=torch.ones(4), ds_numel=4)
+    weights.ds_tensor.ds_numel = 4
+    edits = GradientEdits(None, EngineOptions(zero_stage=3), SimpleNamespace(rank=lambda: 0), gradients)
+    assert edits._changes([weights, weights]).device == gradients
