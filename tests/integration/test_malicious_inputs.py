@@ -86,6 +86,7 @@ def zip_bomb(folder, marker):
 
 def index_outside(folder, marker):
     index = {"metadata": {}, "weight_map": {"model.norm.weight": "../../x.safetensors"}}
+    (folder / "hf" / "model.safetensors").rename(folder / "hf" / "x.safetensors")  # where both are, it is taken
     (folder / "hf" / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder / "hf", "index.json"
 
