@@ -54,9 +54,16 @@ def detect_format(path: str) -> str:
             return name
     raise CheckpointError(
         f"{path} holds no checkpoint of a known format.",
-        got=", ".join(sorted(entry.name for entry in Path(path).iterdir())[:8]) if Path(path).is_dir() else "a file",
+        got=_content(Path(path)),
         expected=f"one of {', '.join(FORMATS)}",
+        fix="" if Path(path).is_dir() else "Give the folder that the file lies in.",
     )
+
+
+def _content(path: Path) -> str:
+    if not path.is_dir():
+        return "a file"
+    return ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "an empty folder"
 
 
 def open_source(path: str | Path, *, format: str | None = None) -> Source:

@@ -129,4 +129,4 @@ def load_file(path: Path | str) -> dict[str, TensorHash]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is no manifest of tensors.", got=str(error)[:200]) from error
+        raise CheckpointError(f"{path} is no manifest of tensors: {type(error).__name__} {error}"[:300]) from error

@@ -28,3 +28,11 @@ def test_a_missing_step_of_deepspeed_is_named(tmp_path):
     with pytest.raises(CheckpointError) as refusal:
         open_source(tmp_path)
     assert refusal.value.got == "no folder"
+
+
+def test_an_empty_folder_and_a_file_are_called_that(tmp_path):
+    with pytest.raises(CheckpointError, match=r"Got: an empty folder\."):
+        open_source(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(CheckpointError, match=r"Got: a file\..*Give the folder"):
+        open_source(tmp_path / "model.safetensors")
