@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,10 @@ def evaluate_now(run: Session, state: RunState) -> None:
     run.metrics.send(row)
     if run.is_first and state.step == run.plan.total_steps:
         last = {"step": state.step, "fingerprint": run.windows.fingerprint, "losses": losses, "counts": counts}
-        write_json(run.plan.output / WINDOW_LOSSES, last)
+        if all(map(math.isfinite, losses)):
+            write_json(run.plan.output / WINDOW_LOSSES, last)
+        else:
+            logger.warning("The losses of the windows are not all finite: %s is not written.", WINDOW_LOSSES)
     if run.is_first:
         logger.info("step %d: validation loss %.4f (standard error %.4f)", state.step, found.loss, found.stderr or 0.0)
 

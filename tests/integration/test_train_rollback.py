@@ -1,8 +1,10 @@
 """A rollback undoes every bad step, also those that an end forced into a checkpoint."""
 
+import math
+
 import pytest
 
-from megatron_inherit.train import checkpointing
+from megatron_inherit.train import checkpointing, upkeep
 from tests.support import forked_world, tiny_run
 from tests.support.sabotage import sabotage, spike
 
@@ -32,6 +34,25 @@ def test_a_save_that_falls_on_a_spike_is_made_after_it(tmp_path):
     assert [row["step"] for row in tiny_run.rows(tmp_path / "run", "spike")] == [10, 11]
     assert [row["step"] for row in tiny_run.rows(tmp_path / "run", "save")] == [5, 12, 15, 17]
     assert checkpointing.list_steps(tmp_path / "run/checkpoints") == [12, 17]
+
+
+def test_a_last_evaluation_that_is_no_number_does_not_cost_the_last_checkpoint(tmp_path):
+    forked_world.preload()
+    path = tiny_run.recipe(tmp_path, tiny_run.write_corpus(tmp_path / "corpus"))
+
+    def overflowing():
+        right = upkeep.window_losses
+
+        def wrong(*words, **more):
+            losses, counts = right(*words, **more)
+            return [math.inf, *losses[1:]], counts
+
+        upkeep.window_losses = wrong
+
+    ended = forked_world.run(tmp_path / "log", ["train", path, "train.steps=2"], before=overflowing)
+    assert ended.codes == [0], ended.text
+    assert "not all finite" in ended.text
+    assert checkpointing.list_steps(tmp_path / "run/checkpoints") == [2]
 
 
 def test_a_checkpoint_before_a_split_brings_its_stages_back(tmp_path):
