@@ -67,6 +67,8 @@ def make_cache(
         entries=entries,
         num_samples=count,
         shard_samples=shard_samples,
+        dtype=config.train.dtype,
+        seed=config.run.seed if method == "draw" else 0,
     )
     predictor = functools.cache(lambda: _predictor(teacher, config, wanted))
 

@@ -105,6 +105,8 @@ class Manifest:
         entries: Stored tokens for each token of a sample.
         num_samples: Samples [0, num_samples) when complete.
         shard_samples: Samples of a shard.
+        dtype: In which the teacher ran.
+        seed: Of the draws.
         shards: xxh3 of each finished shard.
     """
 
@@ -113,6 +115,8 @@ class Manifest:
     entries: int
     num_samples: int
     shard_samples: int
+    dtype: str = "fp32"
+    seed: int = 0
     shards: Mapping[int, str] = field(default_factory=dict)
 
     @property

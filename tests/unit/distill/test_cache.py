@@ -128,8 +128,9 @@ def test_another_runs_targets_are_refused_by_name(tmp_path, field, value):
 
 def test_a_folder_of_another_cache_is_not_continued(tmp_path):
     write(tmp_path, shards=1)
-    with pytest.raises(DataError, match="entries"):
-        write(tmp_path, dataclasses.replace(WANTED, entries=5))
+    for name, value in (("entries", 5), ("dtype", "bf16"), ("seed", 7)):
+        with pytest.raises(DataError, match=name):
+            write(tmp_path, dataclasses.replace(WANTED, **{name: value}), share=Share(0, 2))
 
 
 @pytest.mark.parametrize("harm", ["changed", "missing"])
