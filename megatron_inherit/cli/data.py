@@ -266,7 +266,11 @@ def windows(
     if not name:
         raise UsageError(f"{path} does not say which tokenizer made it.", fix="Pass --tokenizer.")
     made = EvalWindows.build(loader, open_tokenizer(name), windows=count)
-    made.save(out)
+    before = EvalWindows.load(out).fingerprint if out.is_file() else None
+    if before not in (None, made.fingerprint):
+        raise UsageError(f"{out} holds other windows, by which runs may be compared.", fix="Choose another --out.")
+    if before is None:
+        made.save(out)
     typer.echo(f"{out}: {len(made)} windows of {sequence_length} tokens, {made.num_bytes} bytes of text")
     typer.echo(f"fingerprint {made.fingerprint}")
 

@@ -34,8 +34,10 @@ def make_writable(folder: Path) -> None:
     """Creates a run's folder and tries to write in it.
 
     Raises:
+        UsageError: It is a file, or holds data or a model, whose manifest a run would replace.
         DiskError: It cannot be created or written.
     """
+    _refuse_foreign(folder)
     probe = folder / f".probe-{uuid.uuid4().hex[:8]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -45,6 +47,18 @@ def make_writable(folder: Path) -> None:
         raise UsageError(f"{folder} is a file, not a folder.", fix="Set run.output to another path.") from error
     except OSError as error:
         raise disk_error(error, folder) from error
+
+
+def _refuse_foreign(folder: Path) -> None:
+    told = folder / "manifest.json"
+    try:
+        kind = json.loads(told.read_text()).get("kind") if told.is_file() else "run"
+    except OSError:
+        kind = "run"  # what keeps it from being read keeps it from being written, and that is told
+    except (ValueError, AttributeError):
+        kind = "run" if (folder / "run.yaml").exists() else "unknown"
+    if kind != "run":
+        raise UsageError(f"{folder} holds data or a model.", fix="Set run.output to a folder of its own.")
 
 
 @contextlib.contextmanager

@@ -159,6 +159,17 @@ def test_damage_is_found_with_exit_code_4_and_the_file(
         assert "offset" in shown
 
 
+def test_windows_of_other_runs_are_not_written_over(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = made / "kept.safetensors"
+    words = ["data", "windows", str(made / "subset"), "--out", str(out), "--count", "4", "--sequence-length", "16"]
+    assert main(words) == 0
+    before = out.read_bytes()
+    assert main(words) == 0, "the same windows again are no other ones"
+    assert main([*words, "--seed", "9"]) == 2
+    assert "holds other windows" in capsys.readouterr().err
+    assert out.read_bytes() == before
+
+
 def test_windows_are_a_file_with_a_hash_and_the_bytes_of_its_text(made: Path, tmp_path: Path) -> None:
     tokenizer = str(made / "tokenizer")
     path = made / "eval" / "windows.safetensors"

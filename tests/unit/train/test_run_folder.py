@@ -1,6 +1,9 @@
 import os
 import time
 
+import pytest
+
+from megatron_inherit.base.errors import UsageError
 from megatron_inherit.base.processes import process_start
 from megatron_inherit.train import run_folder
 from megatron_inherit.train.profiling import Profiler
@@ -38,3 +41,19 @@ def test_a_short_session_is_traced_whatever_the_run_s_length(tmp_path):
         for _ in range(2):
             profiler.step()
     assert (tmp_path / "rank_00000.json").is_file()
+
+
+@pytest.mark.parametrize("manifest", ['{"kind": "subset"}', '{"tensors": {}}'])
+def test_data_and_models_are_not_written_over_by_a_run(tmp_path, manifest):
+    (tmp_path / "manifest.json").write_text(manifest)
+    with pytest.raises(UsageError, match="holds data or a model"):
+        run_folder.make_writable(tmp_path)
+    assert [path.read_text() for path in tmp_path.iterdir()] == [manifest]
+
+
+def test_a_run_and_what_a_launcher_put_there_are_in_nobody_s_way(tmp_path):
+    (tmp_path / "slurm-1.log").touch()
+    (tmp_path / "inherit.json").touch()  # of what it started from
+    run_folder.make_writable(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"kind": "run"}')
+    run_folder.make_writable(tmp_path)
