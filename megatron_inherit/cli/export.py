@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -48,6 +48,17 @@ def export(
     if run is not None and not dry_run:
         complete_card(folder, run)
     if hub is not None and not dry_run:
-        api = hub.HfApi()
-        name = api.create_repo(repository or folder.name, private=not public, exist_ok=True).repo_id
-        typer.echo(api.upload_folder(repo_id=name, folder_path=folder, commit_message="Add the model"))
+        typer.echo(_upload(hub, folder, repository or folder.name, private=not public))
+
+
+def _upload(hub: Any, folder: Path, repository: str, *, private: bool) -> str:
+    from megatron_inherit.base.errors import CheckpointError
+
+    api = hub.HfApi()
+    try:
+        name = api.create_repo(repository, private=private, exist_ok=True).repo_id
+        return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message="Add the model"))
+    except Exception as error:  # of the hub, of its HTTP library, or of the system: the folder is whole all the same
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        fix = f"Check the network and 'hf auth login', then: hf upload {repository} {folder}"
+        raise CheckpointError(f"{folder} is complete, but was not uploaded ({said}).", fix=fix) from error

@@ -71,6 +71,8 @@ def open_tokenizer(path: str | Path, *, eos: str | None = None, bos: str | None 
         DataError: Nothing readable is there, or the vocabulary lacks ``eos`` or ``bos``.
     """
     if str(path) == "bytes":
+        if eos or bos:
+            raise DataError("The tokenizer of bytes has no token by a name.", got=eos or bos, fix="Leave it out.")
         return ByteTokenizer()
     path = Path(path)
     file = _vocabulary_file(path)

@@ -70,6 +70,18 @@ class TestTeachers:
         assert not list(tmp_path.iterdir())
 
 
+def test_an_upload_that_fails_says_that_the_folder_is_whole(folder, tmp_path):
+    with serving(tmp_path, HubHandler) as server:
+        server.shutdown()
+        server.server_close()
+        done = run(server, "export", folder / "me" / "teacher", tmp_path / "out", "--push", "--repo", "them/student")
+    assert done.returncode == 5, done.stderr
+    assert "out is complete, but was not uploaded" in done.stderr
+    assert "hf upload them/student" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert main(["verify", str(folder / "me" / "teacher"), str(tmp_path / "out")]) == 0
+
+
 @pytest.mark.parametrize(("words", "visibility"), [([], "private"), (["--public"], "public")])
 def test_export_pushes_the_folder(folder, tmp_path, words, visibility):
     with serving(tmp_path / "hub", HubHandler) as server:

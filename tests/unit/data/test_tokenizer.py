@@ -118,6 +118,11 @@ def test_what_cannot_be_read_is_said(tmp_path: Path, name: str, content: str, me
         open_tokenizer(tmp_path)
 
 
+def test_bytes_have_no_token_by_a_name() -> None:
+    with pytest.raises(DataError, match="no token by a name"):
+        open_tokenizer("bytes", eos="</s>")
+
+
 def test_an_unknown_end_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no token '<nope>'"):
         open_tokenizer(byte_level_folder(tmp_path / "t"), eos="<nope>")
