@@ -82,11 +82,8 @@ def _divisors(value: int) -> str:
     return ", ".join(str(d) for d in range(1, value + 1) if value % d == 0)
 
 
-def _check_sizes(options: EngineOptions, config: ModelConfig, world_size: int) -> None:
-    for name in ("tp", "pp", "vpp", "cp", "micro_batch"):
-        if getattr(options, name) < 1:
-            key = "train.micro_batch" if name == "micro_batch" else f"parallel.{name}"
-            raise ConfigError(f"{key}: must be at least 1.", got=getattr(options, name))
+def require_replicas(options: EngineOptions, world_size: int) -> None:
+    """Raises ConfigError unless so many processes are whole replicas of the model."""
     ranks = options.tp * options.pp * options.cp
     if world_size % ranks:
         raise ConfigError(
@@ -94,6 +91,14 @@ def _check_sizes(options: EngineOptions, config: ModelConfig, world_size: int) -
             f"cp {options.cp}.",
             expected=f"a multiple of {ranks} processes",
         )
+
+
+def _check_sizes(options: EngineOptions, config: ModelConfig, world_size: int) -> None:
+    for name in ("tp", "pp", "vpp", "cp", "micro_batch"):
+        if getattr(options, name) < 1:
+            key = "train.micro_batch" if name == "micro_batch" else f"parallel.{name}"
+            raise ConfigError(f"{key}: must be at least 1.", got=getattr(options, name))
+    require_replicas(options, world_size)
     for what, count in (
         ("attention heads", config.num_heads),
         ("key/value groups", config.num_kv_heads),

@@ -19,7 +19,7 @@ from megatron_inherit.checkpoint.stream import Source
 from megatron_inherit.config.checks import refuse_long_warmup
 from megatron_inherit.config.schema import RunConfig
 from megatron_inherit.engines.base import EngineOptions
-from megatron_inherit.engines.check import check_batch, check_options
+from megatron_inherit.engines.check import check_batch, check_options, require_replicas
 from megatron_inherit.sharing.options import Sharing
 from megatron_inherit.train.objectives import sharing_of, soft_tie_of, stored_config, teacher_of
 from megatron_inherit.train.schedule import BatchPlan, Schedule, batch_plan, schedule_of, total_steps
@@ -166,13 +166,7 @@ def engine_options(config: RunConfig, sharing: Sharing | None = None) -> EngineO
 def check_batches(config: RunConfig, world_size: int) -> None:
     """Raises ConfigError unless so many processes can share the recipe's batches; opens no file."""
     options = engine_options(config)
-    ranks = options.tp * options.pp * options.cp
-    if world_size % ranks:
-        raise ConfigError(
-            f"parallel: {world_size} processes do not split into replicas of tp {options.tp}, pp {options.pp}, "
-            f"cp {options.cp}.",
-            expected=f"a multiple of {ranks} processes",
-        )
+    require_replicas(options, world_size)
     _check_sizes(options, config, world_size)
 
 
