@@ -31,6 +31,7 @@ from megatron_inherit.checkpoint.formats.pickle_reader import read_torch
 from megatron_inherit.checkpoint.layout import LayoutRow, check_names, physical_tensors
 from megatron_inherit.checkpoint.stream import Source, StoredTensor
 
+_STAGES = ("disabled", "optimizer_states", "gradients", "weights")
 _OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 Flat = dict[str, dict[str, StoredTensor]]
 """Kind -> parameter name -> where its elements are, in the shape the parameter has on this tensor-parallel rank."""
@@ -139,13 +140,18 @@ def _read_grid(folder: Path) -> list[list[_Rank]]:
     return grid
 
 
+def _stage(stored: Any) -> int:
+    """Reads a number, or DeepSpeed's ``ZeroStageEnum`` by its value or its name."""
+    told = stored.args[-1] if isinstance(stored, Opaque) else stored
+    return _STAGES.index(told) if told in _STAGES else int(told)
+
+
 def _read_rank(file: Path) -> _Rank:
     value = read_torch(file)
     state = value.get("optimizer_state_dict") if isinstance(value, dict) else None
     if not isinstance(state, dict) or "zero_stage" not in state:
         raise CheckpointError(f"{file} holds no ZeRO optimizer state.")
-    kind = state["zero_stage"]
-    stage = int(kind.args[0]) if isinstance(kind, Opaque) else int(kind)
+    stage = _stage(state["zero_stage"])
     weights = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
     base = "optimizer_state_dict" if stage == 3 else "base_optimizer_state"
     try:

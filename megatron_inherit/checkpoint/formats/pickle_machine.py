@@ -34,6 +34,10 @@ class Global:
         return f"{self.module}.{self.name}"
 
 
+MEMBER = Global("builtins", "getattr")
+"""How Python 3.11.0 to 3.11.3 pickle a member of an enumeration: by its class and its name, not by its value."""
+
+
 @dataclass(eq=False)
 class Opaque:
     """An object of a class that is only recorded: what was called, with what, and the state set afterwards."""
@@ -184,6 +188,8 @@ class Machine:
         """Pushes what stands for a call: data for known names, a record for allowed ones."""
         if not isinstance(target, Global) or not isinstance(args, tuple):
             raise PickleRefusedError("the pickle calls something that is not a named class or function")
+        if target == MEMBER and not _is_member(args):
+            raise PickleRefusedError("the pickle takes an attribute of something that is not a named class")
         function = self._hooks.calls.get(target)
         self._stack.append(Opaque(target, args) if function is None else function(*args))
 
@@ -221,6 +227,10 @@ class Machine:
         if self._hooks.persistent is None:
             raise PickleRefusedError("the pickle refers to storage outside it")
         self._stack.append(self._hooks.persistent(key))
+
+
+def _is_member(args: tuple[Any, ...]) -> bool:
+    return len(args) == 2 and isinstance(args[0], Global) and isinstance(args[1], str) and args[1].isidentifier()
 
 
 _STOP = ord(".")

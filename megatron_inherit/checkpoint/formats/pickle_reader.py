@@ -16,7 +16,14 @@ from typing import Any
 
 from megatron_inherit.base.errors import CheckpointError
 from megatron_inherit.checkpoint.extents import ITEM_SIZES, Extent
-from megatron_inherit.checkpoint.formats.pickle_machine import Global, Hooks, Machine, Opaque, PickleRefusedError
+from megatron_inherit.checkpoint.formats.pickle_machine import (
+    MEMBER,
+    Global,
+    Hooks,
+    Machine,
+    Opaque,
+    PickleRefusedError,
+)
 from megatron_inherit.checkpoint.formats.zip_directory import ZipRefusedError, zip_entries
 
 DTYPES: Mapping[str, str] = {
@@ -282,7 +289,7 @@ _MODULES = (
 
 
 def _allowed(name: Global) -> bool:
-    if name in _CALLS or (name.module, name.name) in _RECORDS:
+    if name == MEMBER or name in _CALLS or (name.module, name.name) in _RECORDS:
         return True
     if name.module in ("torch", "torch.storage") and name.name in (*DTYPES, *STORAGES, "TypedStorage"):
         return True

@@ -104,6 +104,17 @@ def test_any_partition_reads_back(tmp_path, data):
     check(save_zero(tmp_path / "run", CONFIG, arrays, stage=stage, world=world, groups=groups, cuts=cuts), arrays)
 
 
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_the_stage_is_read_by_its_name_too(tmp_path, monkeypatch, number):
+    """As Python 3.11.2 pickles it, Debian's."""
+    config = pytest.importorskip("deepspeed.runtime.zero.config")
+    by_name = lambda self, protocol: (getattr, (type(self), self._name_))  # noqa: E731
+    monkeypatch.setattr(config.ZeroStageEnum, "__reduce_ex__", by_name)
+    arrays, stage = numbered_arrays(CONFIG), config.ZeroStageEnum(number)
+    groups = [list(parameters(CONFIG, arrays))]
+    check(save_zero(tmp_path / "run", CONFIG, arrays, stage=stage, world=2, groups=groups), arrays)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("stage", [2, 3])
 def test_every_family(tmp_path, family, stage):

@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import enum
 import io
 import os
 import pickle
@@ -15,11 +16,20 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from megatron.core.enums import ModelType
 
 from megatron_inherit.base.errors import CheckpointError
 from megatron_inherit.checkpoint.extents import Extent
-from megatron_inherit.checkpoint.formats.pickle_machine import Global, Hooks, Machine, Opaque, PickleRefusedError
+from megatron_inherit.checkpoint.formats.pickle_machine import (
+    MEMBER,
+    Global,
+    Hooks,
+    Machine,
+    Opaque,
+    PickleRefusedError,
+)
 from megatron_inherit.checkpoint.formats.pickle_reader import fields, mapped, read_pickle, read_torch, read_torch_blob
+from megatron_inherit.checkpoint.formats.pickle_writer import Pickler
 
 DTYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "BF16": "u2", "I64": "i8", "U8": "u1", "BOOL": "u1"}
 
@@ -106,6 +116,29 @@ def test_plain_values_and_records(tmp_path):
     assert found["optimizer"]["param_groups"][0]["lr"] == value["optimizer"]["param_groups"][0]["lr"]
 
 
+@pytest.fixture(params=["by value", "by name"])
+def enumerations(request, monkeypatch):
+    """Lets members of enumerations be pickled by their value, as by Python 3.12, or by their name, as by 3.11.2."""
+    reduce = {
+        "by value": lambda self, protocol: (type(self), (self._value_,)),
+        "by name": lambda self, protocol: (getattr, (type(self), self._name_)),
+    }[request.param]
+    monkeypatch.setattr(enum.Enum, "__reduce_ex__", reduce)
+    return request.param
+
+
+def test_members_of_enumerations_are_records(tmp_path, enumerations):
+    torch.save({"kind": ModelType.encoder_or_decoder}, tmp_path / "file.pt")
+    found = read_torch(tmp_path / "file.pt")["kind"]
+    named = Global("megatron.core.enums", "ModelType")
+    if enumerations == "by value":
+        assert (found.kind, found.args) == (named, (ModelType.encoder_or_decoder.value,))
+    else:
+        assert (found.kind, found.args) == (MEMBER, (named, "encoder_or_decoder"))
+    assert pickle.loads(Pickler().dumps({"kind": found}))["kind"] is ModelType.encoder_or_decoder
+
+
+@pytest.mark.usefixtures("enumerations")
 def test_blobs_and_metadata_of_a_distributed_checkpoint(tmp_path):
     state = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.arange(4).bfloat16(), "bytes": [None]}
     writer = dcp.FileSystemWriter(tmp_path, single_file_per_rank=True, thread_count=1)
@@ -148,7 +181,7 @@ def test_code_in_a_pickle_is_refused_and_never_run(tmp_path, container):
 
 
 @pytest.mark.parametrize(
-    "name", ["builtins.eval", "builtins.getattr", "os.system", "subprocess.Popen", "torch.load", "torch.hub.load"]
+    "name", ["builtins.eval", "builtins.setattr", "os.system", "subprocess.Popen", "torch.load", "torch.hub.load"]
 )
 def test_names_off_the_list_are_refused(name):
     module, _, function = name.rpartition(".")
@@ -157,6 +190,22 @@ def test_names_off_the_list_are_refused(name):
 
     with pytest.raises(PickleRefusedError, match=name):
         Machine(program, Hooks(pickle_reader._allowed)).run()
+
+
+@pytest.mark.parametrize(
+    "attribute",
+    [
+        b"cos\nsystem\nX\x01\x00\x00\x00a\x86R",  # of what may not be named
+        b"K\x01X\x01\x00\x00\x00a\x86R",  # of a number
+        b"cmegatron.core.enums\nModelType\nX\x03\x00\x00\x00a.b\x86R",
+        b"cmegatron.core.enums\nModelType\nX\x01\x00\x00\x00a\x86R)R",  # called
+    ],
+)
+def test_attributes_are_taken_of_named_classes_and_never_called(attribute):
+    from megatron_inherit.checkpoint.formats import pickle_reader
+
+    with pytest.raises(PickleRefusedError):
+        Machine(b"\x80\x02cbuiltins\ngetattr\n" + attribute + b".", Hooks(pickle_reader._allowed)).run()
 
 
 def test_allowed_names_stay_inert():
